@@ -1,0 +1,174 @@
+// bench.h - how fast, beside how fast this machine could be.
+//
+// Two ceilings are measured in the same run: the rate at which all threads together read memory, and the rate of their
+// best matrix products. Each test is then shown as a share of the ceiling that bounds it, beside the time no program
+// could beat here: max(FLOPs / ceiling, bytes / ceiling), by the cost model's counts.
+#pragma once
+
+#include <sys/resource.h>
+
+#include <numeric>
+
+#include "forward.h"
+#include "options.h"
+#include "report.h"
+
+namespace speed {
+
+struct Ceilings {
+  double gflops = 0, gbps = 0;
+};
+
+inline double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v[v.size() / 2];
+}
+
+template <class Work>
+double seconds_of(Work work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+inline Ceilings measure_ceilings() {
+  Ceilings best;
+  {
+    const size_t words = size_t(64) << 20, block = 1 << 16;  // 256 MiB, well beyond any cache
+    Cpu::Buffer<uint32_t> memory(words);
+    const uint32_t* p = memory.get();
+    std::fill_n(memory.get(), words, 1);
+    for (int i = 0; i < 7; ++i) {
+      uint32_t total = 0;
+      const double t = seconds_of([&] {
+#pragma omp parallel for reduction(+ : total)
+        for (size_t j = 0; j < words; j += block) {
+          uint32_t sum = 0;
+          for (size_t k = j; k < j + block; ++k) sum += p[k];
+          total += sum;
+        }
+      });
+      if (total == words)
+        best.gbps = std::max(best.gbps, double(words) * 4 / t / 1e9);  // the sum is used, so it is made
+    }
+  }
+  {
+    const int m = 512, n = 1024, k = 2048, threads = omp_get_max_threads();
+    std::vector<Cpu::Buffer<float>> memory(threads);
+    for (auto& b : memory)
+      b = Cpu::Buffer<float>(size_t(m) * k + size_t(n) * k + size_t(m) * n), std::fill_n(b.get(), b.size, 0.5f);
+    for (int i = 0; i < 5; ++i) {
+      const double t = seconds_of([&] {
+#pragma omp parallel for
+        for (int j = 0; j < threads; ++j) {
+          float *a = memory[j].get(), *b = a + size_t(m) * k, *c = b + size_t(n) * k;
+          cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, n, k, 1, a, k, b, k, 0, c, n);
+        }
+      });
+      best.gflops = std::max(best.gflops, 2.0 * m * n * k * threads / t / 1e9);
+    }
+  }
+  return best;
+}
+
+struct BenchTest {
+  Policy policy;
+  size_t prompt = 0;  // tokens of prompt to take in, or
+  size_t gen = 0;     // steps to generate, with
+  size_t depth = 0;   // tokens already taken in
+  std::vector<double> seconds;
+  Counters counted;  // of one repetition
+};
+
+// One repetition, with fixed token ids: what they are does not change the work.
+inline void run_bench_test(BenchTest& t, const Model& model, size_t chunk, Cpu& backend) {
+  const int bos = std::max(model.config.bos, 0), other = bos == 1 ? 2 : 1;
+  std::vector<int> ids(std::max(t.prompt ? t.prompt : t.depth, size_t(1)), other);
+  ids[0] = bos;
+  Engine<Cpu> engine(model, t.policy, {ids.size() + t.gen, 1 + t.gen, chunk}, backend);
+  auto prefill = [&] { engine.prefill(ids, ids.size() - 1, [](size_t, const float*) {}); };
+  if (t.prompt) {
+    t.seconds.push_back(seconds_of(prefill));
+    t.counted = engine.counted();
+  } else {
+    prefill();
+    const Counters before = engine.counted();
+    t.seconds.push_back(seconds_of([&] {
+      for (size_t i = 0; i < t.gen; ++i) engine.decode(other);
+    }));
+    t.counted = engine.counted() - before;
+  }
+}
+
+inline Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ceilings, const std::string& commit) {
+  Table table({{"test", "test"},
+               {"policy", ""},
+               {"name", "policy"},
+               {"k", ""},
+               {"bos", ""},
+               {"n_prompt", ""},
+               {"n_gen", ""},
+               {"n_depth", ""},
+               {"avg_ns", ""},
+               {"stddev_ns", ""},
+               {"samples_ns", ""},
+               {"avg_ts", "tokens/s"},
+               {"stddev_ts", "+-"},
+               {"samples_ts", ""},
+               {"gflops", "GFLOP/s"},
+               {"gbps", "GB/s"},
+               {"share", "of ceiling"},
+               {"ceiling_gflops", ""},
+               {"ceiling_gbps", ""},
+               {"floor_ns", ""},
+               {"device", ""},
+               {"threads", ""},
+               {"peak_bytes", ""},
+               {"commit", ""}});
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  auto mean = [](const std::vector<double>& v) { return std::accumulate(v.begin(), v.end(), 0.0) / double(v.size()); };
+  auto deviation = [&](const std::vector<double>& v) {
+    double sum = 0;
+    for (double x : v) sum += (x - mean(v)) * (x - mean(v));
+    return v.size() > 1 ? std::sqrt(sum / double(v.size() - 1)) : 0.0;
+  };
+  for (const BenchTest& t : tests) {
+    std::vector<double> ns, rate;
+    for (double s : t.seconds) ns.push_back(s * 1e9), rate.push_back(double(t.prompt + t.gen) / s);
+    const double typical = median(t.seconds), bytes = double(t.counted.weight_bytes + t.counted.kv_bytes);
+    const double gflops = double(t.counted.flops) / typical / 1e9, gbps = t.gen ? bytes / typical / 1e9 : 0;
+    const double floor =
+        std::max(double(t.counted.flops) / ceilings.gflops / 1e9, t.gen ? bytes / ceilings.gbps / 1e9 : 0);
+    const std::string what =
+        t.prompt ? "prompt " + std::to_string(t.prompt)
+                 : "generate " + std::to_string(t.gen) + (t.depth ? " @ " + std::to_string(t.depth) : "");
+    table.row({what,
+               name(t.policy.method),
+               describe(t.policy),
+               t.policy.k,
+               t.policy.method == Method::speed ? json(t.policy.bos) : json(),
+               t.prompt,
+               t.gen,
+               t.depth,
+               mean(ns),
+               deviation(ns),
+               ns,
+               {mean(rate), fixed(mean(rate), 1)},
+               {deviation(rate), fixed(deviation(rate), 1)},
+               rate,
+               {gflops, fixed(gflops, 0)},
+               {t.gen ? json(gbps) : json(), t.gen ? fixed(gbps, 1) : "-"},
+               {floor / typical, fixed(100 * floor / typical, 0) + " %"},
+               ceilings.gflops,
+               ceilings.gbps,
+               floor * 1e9,
+               Cpu::name,
+               omp_get_max_threads(),
+               uint64_t(usage.ru_maxrss) * 1024,
+               commit});
+  }
+  return table;
+}
+
+}  // namespace speed

@@ -1,0 +1,475 @@
+// cpu.h - every operation of the model, defined in plain C++ and then made fast for a CPU.
+//
+// First the definitions (namespace definition): loops that say what is computed and nothing else. They are the oracle
+// of the tests. Then `Cpu`, the same operations as forward.h calls them: many rows through OpenBLAS, a single row by a
+// loop the compiler vectorises. Activations and cache are fp32, weights bf16 and read where they lie in the file.
+// No result depends on the number of threads: work is cut by fixed sizes, and every sum is made by one thread.
+#pragma once
+
+#include <cblas.h>
+#include <omp.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "model.h"
+
+namespace speed {
+
+// ---- definitions --------------------------------------------------------------------------------------------------
+
+namespace definition {
+
+// y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * w          x, y [n, d]; w [d]          Zhang & Sennrich, arXiv 1910.07467
+inline void rmsnorm(float* y, const float* x, const bf16* w, size_t n, size_t d, float eps) {
+  for (size_t r = 0; r < n; ++r) {
+    double sum = 0;
+    for (size_t i = 0; i < d; ++i) sum += double(x[r * d + i]) * x[r * d + i];
+    const float scale = float(1 / std::sqrt(sum / double(d) + eps));
+    for (size_t i = 0; i < d; ++i) y[r * d + i] = x[r * d + i] * scale * to_float(w[i]);
+  }
+}
+
+// y = x w^T, or y += x w^T          x [n, in]; w [out, in]; y [n, out]
+inline void matmul(float* y, const float* x, const bf16* w, size_t n, size_t in, size_t out, bool add) {
+  for (size_t r = 0; r < n; ++r)
+    for (size_t o = 0; o < out; ++o) {
+      double sum = 0;
+      for (size_t i = 0; i < in; ++i) sum += double(x[r * in + i]) * to_float(w[o * in + i]);
+      y[r * out + o] = float(sum) + (add ? y[r * out + o] : 0);
+    }
+}
+
+// Rotates the pairs (i, i + head_dim/2) of every head by the angle of its row.          Su et al., arXiv 2104.09864
+// x [n, heads, head_dim], in place; cos, sin [n, head_dim/2]
+inline void rope(float* x, const float* cos, const float* sin, size_t n, size_t heads, size_t head_dim) {
+  const size_t half = head_dim / 2;
+  for (size_t r = 0; r < n; ++r)
+    for (size_t h = 0; h < heads; ++h) {
+      float* p = x + (r * heads + h) * head_dim;
+      for (size_t i = 0; i < half; ++i) {
+        const float a = p[i], b = p[i + half], c = cos[r * half + i], s = sin[r * half + i];
+        p[i] = a * c - b * s;
+        p[i + half] = b * c + a * s;
+      }
+    }
+}
+
+// Grouped-query attention: row r sees the first seen + r slots of the cache.          Ainslie et al., arXiv 2305.13245
+// o, q [n, n_heads, head_dim]; query head h reads key head h / (n_heads / n_kv_heads)
+inline void attention(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
+                      size_t n_kv_heads, size_t head_dim) {
+  const double scale = 1 / std::sqrt(double(head_dim));
+  for (size_t r = 0; r < n; ++r)
+    for (size_t h = 0; h < n_heads; ++h) {
+      const size_t first = h / (n_heads / n_kv_heads) * cache.capacity * head_dim;
+      const float* query = q + (r * n_heads + h) * head_dim;
+      std::vector<double> p(seen + r);
+      double most = -INFINITY, sum = 0;
+      for (size_t s = 0; s < p.size(); ++s) {
+        p[s] = 0;
+        for (size_t i = 0; i < head_dim; ++i) p[s] += double(query[i]) * cache.k[first + s * head_dim + i];
+        most = std::max(most, p[s] *= scale);
+      }
+      for (double& x : p) sum += x = std::exp(x - most);
+      for (size_t i = 0; i < head_dim; ++i) {
+        double value = 0;
+        for (size_t s = 0; s < p.size(); ++s) value += p[s] * cache.v[first + s * head_dim + i];
+        o[(r * n_heads + h) * head_dim + i] = float(value / sum);
+      }
+    }
+}
+
+// gate = silu(gate) * up, silu(x) = x / (1 + e^-x)          gate, up [n]          Shazeer, arXiv 2002.05202
+inline void swiglu(float* gate, const float* up, size_t n) {
+  for (size_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+}
+
+}  // namespace definition
+
+// ---- RoPE's angles ------------------------------------------------------------------------------------------------
+
+// Inverse frequencies, [head_dim/2], in fp32 as Hugging Face forms them, with Llama-3's scaling where the model has it:
+// wavelengths beyond original_context / low_freq_factor are stretched by `factor`, those below original_context /
+// high_freq_factor kept, those between interpolated.
+inline std::vector<float> rope_frequencies(const Config& config, const float* divisors) {
+  const int half = config.shape.head_dim / 2;
+  std::vector<float> f(half);
+  for (int i = 0; i < half; ++i) {
+    f[i] = 1.0f / std::pow(float(config.rope_theta), float(2 * i) / float(config.shape.head_dim));
+    if (divisors) f[i] /= divisors[i];
+    if (!config.rope_scaling) continue;
+    const RopeScaling& s = *config.rope_scaling;
+    const float wavelength = float(2 * M_PI) / f[i];
+    const float low = float(s.original_context) / s.low_freq_factor,
+                high = float(s.original_context) / s.high_freq_factor;
+    if (wavelength > low) {
+      f[i] /= s.factor;
+    } else if (wavelength >= high) {
+      const float smooth =
+          (float(s.original_context) / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor);
+      f[i] = (1 - smooth) * (f[i] / s.factor) + smooth * f[i];
+    }
+  }
+  return f;
+}
+
+// ---- the backend --------------------------------------------------------------------------------------------------
+
+struct Counters {
+  uint64_t flops = 0;         // matrix products and attention, 2 a multiply-add
+  uint64_t weight_bytes = 0;  // parameters read, once a product
+  uint64_t kv_bytes = 0;      // cache read: the slots that were there before the call's own rows, once a call
+  Counters operator-(const Counters& o) const {
+    return {flops - o.flops, weight_bytes - o.weight_bytes, kv_bytes - o.kv_bytes};
+  }
+  Counters& operator+=(const Counters& o) {
+    flops += o.flops, weight_bytes += o.weight_bytes, kv_bytes += o.kv_bytes;
+    return *this;
+  }
+};
+
+struct Cpu {
+  using Activation = float;
+  using CacheValue = float;
+  static constexpr const char* name = "cpu";
+  static constexpr size_t default_chunk = 512;  // rows of a prompt that go through a layer together
+
+  template <class T>
+  struct Buffer {
+    std::unique_ptr<T, void (*)(void*)> data{nullptr, std::free};
+    size_t size = 0;
+    Buffer() = default;
+    explicit Buffer(size_t n) : size(n) {
+      const size_t bytes = (n * sizeof(T) + 63) / 64 * 64;
+      data.reset(static_cast<T*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
+      if (!data) throw Error(1, "memory", std::to_string(bytes) + " bytes refused", "use a smaller -c, -n or --chunk");
+    }
+    T* get() const { return data.get(); }
+  };
+
+  // Multiply-adds below which one thread is done before a second has woken up.
+  static constexpr size_t worth_threads = 1 << 17;
+
+  Counters counters;
+
+  explicit Cpu(int threads = 0) {
+    openblas_set_num_threads(1);  // OpenMP makes the threads, each calls a product of its own
+    if (threads > 0) omp_set_num_threads(threads);
+  }
+
+  // x[r] = table[ids[r]]          table [V, d]; ids [n]; x [n, d]
+  void embed(float* x, const bf16* table, const int* ids, size_t n, size_t d) {
+    for (size_t r = 0; r < n; ++r) widen(x + r * d, table + size_t(ids[r]) * d, d);
+  }
+
+  void rmsnorm(float* y, const float* x, const bf16* w, size_t n, size_t d, float eps) {
+    counters.weight_bytes += d * sizeof(bf16);
+#pragma omp parallel for if (n > 1)
+    for (size_t r = 0; r < n; ++r) {
+      const float* a = x + r * d;
+      float* b = y + r * d;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (size_t i = 0; i < d; ++i) sum += a[i] * a[i];
+      const float scale = 1 / std::sqrt(sum / float(d) + eps);
+      for (size_t i = 0; i < d; ++i) b[i] = a[i] * scale * to_float(w[i]);
+    }
+  }
+
+  // One row: read each weight once, at the speed of memory. Many rows: a thread widens a panel of weight rows to fp32,
+  // small enough for its cache, and hands it to OpenBLAS; there is never a second copy of a whole matrix.
+  void matmul(float* y, const float* x, const bf16* w, size_t n, size_t in, size_t out, bool add = false) {
+    if (n == 0) return;
+    counters.flops += 2 * n * in * out;
+    counters.weight_bytes += in * out * sizeof(bf16);
+    if (n == 1) {
+#pragma omp parallel for schedule(static) if (in * out > worth_threads)
+      for (size_t o = 0; o < out; ++o) y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0);
+      return;
+    }
+    // An even number of panels of about 256 rows: two threads then end together, and a product is still large enough.
+    const size_t panels = 2 * ((out + 511) / 512), panel = (out + panels - 1) / panels;
+    wide_.resize(omp_get_max_threads());
+    for (auto& buffer : wide_)
+      if (buffer.size < panel * in) buffer = Buffer<float>(panel * in);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t o = 0; o < out; o += panel) {
+      const size_t rows = std::min(panel, out - o);
+      float* wide = wide_[omp_get_thread_num()].get();
+      widen(wide, w + o * in, rows * in);
+      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(n), int(rows), int(in), 1, x, int(in), wide, int(in),
+                  add ? 1 : 0, y + o, int(out));
+    }
+  }
+
+  // cos, sin [n, half] of position * frequency          frequencies [half]; positions [n]
+  // The angle is formed in fp32, as Hugging Face does: float64 would be truer, and differ by 3e-6 at 600 tokens.
+  void rope_angles(float* cos, float* sin, const float* frequencies, const int* positions, size_t n, size_t half) {
+#pragma omp parallel for if (n > 1)
+    for (size_t r = 0; r < n; ++r)
+      for (size_t i = 0; i < half; ++i) {
+        const float angle = float(positions[r]) * frequencies[i];
+        cos[r * half + i] = std::cos(angle);
+        sin[r * half + i] = std::sin(angle);
+      }
+  }
+
+  void rope(float* x, const float* cos, const float* sin, size_t n, size_t heads, size_t head_dim) {
+#pragma omp parallel for if (n > 1)
+    for (size_t r = 0; r < n; ++r)
+      definition::rope(x + r * heads * head_dim, cos + r * head_dim / 2, sin + r * head_dim / 2, 1, heads, head_dim);
+  }
+
+  // Appends n slots to a layer's cache.          k, v [n, n_kv_heads, head_dim]; precondition: they fit
+  void append(LayerCache<float>& cache, const float* k, const float* v, size_t n, size_t n_kv_heads, size_t head_dim) {
+    for (size_t r = 0; r < n; ++r)
+      for (size_t h = 0; h < n_kv_heads; ++h) {
+        const size_t from = (r * n_kv_heads + h) * head_dim, to = (h * cache.capacity + cache.used + r) * head_dim;
+        std::memcpy(cache.k + to, k + from, head_dim * sizeof(float));
+        std::memcpy(cache.v + to, v + from, head_dim * sizeof(float));
+      }
+    cache.used += n;
+  }
+
+  // Scores and sums are made a block of slots at a time, the softmax is kept running (Milakov & Gimelshein, arXiv
+  // 1805.02867), so no matrix of rows x slots ever exists.
+  void attention(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
+                 size_t n_kv_heads, size_t head_dim) {
+    counters.flops += 4 * n_heads * head_dim * (n * seen + n * (n - 1) / 2);
+    counters.kv_bytes += (seen - 1) * 2 * n_kv_heads * head_dim * sizeof(float);
+    if (n == 1) return attend_one(o, q, cache, seen, n_heads, n_kv_heads, head_dim);
+    // Many rows: blocks of rows against blocks of slots are small matrix products.
+    constexpr size_t row_block = 64;
+    const size_t blocks = (n + row_block - 1) / row_block, group = n_heads / n_kv_heads, width = n_heads * head_dim;
+    const float scale = 1 / std::sqrt(float(head_dim));
+#pragma omp parallel
+    {
+      std::vector<float> score(row_block * slot_block), most(row_block), sum(row_block);
+#pragma omp for schedule(dynamic)
+      for (size_t item = 0; item < blocks * n_heads; ++item) {  // the last rows see most, so they are begun first
+        const size_t r0 = (blocks - 1 - item / n_heads) * row_block, h = item % n_heads,
+                     rows = std::min(row_block, n - r0);
+        const size_t first = h / group * cache.capacity * head_dim;
+        float* out = o + r0 * width + h * head_dim;
+        for (size_t r = 0; r < rows; ++r) {
+          most[r] = -INFINITY, sum[r] = 0;
+          std::fill_n(out + r * width, head_dim, 0.0f);
+        }
+        for (size_t s0 = 0; s0 < seen + r0 + rows - 1; s0 += slot_block) {
+          const size_t slots = std::min(slot_block, seen + r0 + rows - 1 - s0);
+          const float *k = cache.k + first + s0 * head_dim, *v = cache.v + first + s0 * head_dim;
+          cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(rows), int(slots), int(head_dim), scale,
+                      q + r0 * width + h * head_dim, int(width), k, int(head_dim), 0, score.data(), int(slot_block));
+          for (size_t r = 0; r < rows; ++r) {
+            const size_t visible = seen + r0 + r > s0 ? std::min(slots, seen + r0 + r - s0) : 0;
+            softmax_step(score.data() + r * slot_block, visible, slots, most[r], sum[r], out + r * width, head_dim);
+          }
+          cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, int(rows), int(head_dim), int(slots), 1, score.data(),
+                      int(slot_block), v, int(head_dim), 1, out, int(width));
+        }
+        for (size_t r = 0; r < rows; ++r)
+          for (size_t i = 0; i < head_dim; ++i) out[r * width + i] /= sum[r];
+      }
+    }
+  }
+
+  void swiglu(float* gate, const float* up, size_t n) {
+#pragma omp parallel for simd if (n > worth_threads / 8)
+    for (size_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
+  }
+
+  // e^x to 2 ulp, in steps the compiler can vectorise (it cannot vectorise std::exp): e^x = 2^n e^r with |r| <= ln2 /
+  // 2, e^r by its polynomial (Cephes). Below -87 it stays at e^-87 instead of going to 0; NaN stays NaN.
+  static float exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to a whole number
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1) * std::bit_cast<float>((int32_t(n) + 127) << 23);
+  }
+
+ private:
+  std::vector<Buffer<float>> wide_;  // [threads], a panel of weights in fp32
+  std::vector<float> parts_;         // of one row's attention
+
+  static void widen(float* y, const bf16* x, size_t n) {
+#pragma omp simd
+    for (size_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(uint32_t(x[i].bits) << 16);
+  }
+
+  // The processor's own prefetcher stops at the end of each 4 KiB page, and a mapped file has no larger ones; asking
+  // for the row some pages ahead reads two thirds faster. (Asking beyond the end of the file does nothing.)
+  static float dot(const bf16* w, const float* x, size_t n) {
+    constexpr size_t ahead = 8192, line = 64;  // bytes
+    for (size_t i = 0; i < n * sizeof(bf16); i += line)
+      __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + i);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; ++i) sum += std::bit_cast<float>(uint32_t(w[i].bits) << 16) * x[i];
+    return sum;
+  }
+
+  static constexpr size_t slot_block = 256;
+
+  // One row: every thread takes blocks of slots for all heads that share them, so that the cache is read once; the
+  // parts are joined at the end, always in the same order (flash-decoding: Dao et al., 2023).
+  void attend_one(float* o, const float* q, const LayerCache<float>& cache, size_t seen, size_t n_heads,
+                  size_t n_kv_heads, size_t head_dim) {
+    const size_t blocks = (seen + slot_block - 1) / slot_block, group = n_heads / n_kv_heads, part = head_dim + 2;
+    const float scale = 1 / std::sqrt(float(head_dim));
+    parts_.resize(n_heads * blocks * part);  // [n_heads, blocks]: sum of weighted values, sum of weights, largest score
+#pragma omp parallel for collapse(2) schedule(static) if (seen * n_heads * head_dim > worth_threads / 2)
+    for (size_t g = 0; g < n_kv_heads; ++g)
+      for (size_t b = 0; b < blocks; ++b) {
+        const size_t s0 = b * slot_block, slots = std::min(slot_block, seen - s0),
+                     first = (g * cache.capacity + s0) * head_dim;
+        for (size_t h = g * group; h < (g + 1) * group; ++h) {
+          float score[slot_block], *out = parts_.data() + (h * blocks + b) * part;
+          scores(score, q + h * head_dim, cache.k + first, slots, head_dim, scale);
+          std::fill_n(out, part, 0.0f);
+          out[head_dim + 1] = -INFINITY;
+          softmax_step(score, slots, slots, out[head_dim + 1], out[head_dim], out, head_dim);
+          add_values(out, score, cache.v + first, slots, head_dim);
+        }
+      }
+    for (size_t h = 0; h < n_heads; ++h) {
+      const float* all = parts_.data() + h * blocks * part;
+      float most = -INFINITY, sum = 0;
+      for (size_t b = 0; b < blocks; ++b) most = std::max(most, all[b * part + head_dim + 1]);
+      std::fill_n(o + h * head_dim, head_dim, 0.0f);
+      for (size_t b = 0; b < blocks; ++b) {
+        const float weight = exp(all[b * part + head_dim + 1] - most);
+        sum += weight * all[b * part + head_dim];
+        for (size_t i = 0; i < head_dim; ++i) o[h * head_dim + i] += weight * all[b * part + i];
+      }
+      for (size_t i = 0; i < head_dim; ++i) o[h * head_dim + i] /= sum;
+    }
+  }
+
+  // score [slots] = scale * k q          k [slots, head_dim]; q [head_dim]
+  static void scores(float* score, const float* q, const float* k, size_t slots, size_t head_dim, float scale) {
+    // Sixteen sums at once, folded at the end: head_dim is too short for the compiler's own fold to be cheap.
+    constexpr size_t width = 16;
+    for (size_t s = 0; s < slots; ++s) {
+      const float* key = k + s * head_dim;
+      float sum[width] = {};
+      size_t i = 0;
+      for (; i + width <= head_dim; i += width)
+#pragma omp simd
+        for (size_t j = 0; j < width; ++j) sum[j] += q[i + j] * key[i + j];
+      for (; i < head_dim; ++i) sum[0] += q[i] * key[i];
+      for (size_t n = width / 2; n > 0; n /= 2)
+        for (size_t j = 0; j < n; ++j) sum[j] += sum[j + n];
+      score[s] = sum[0] * scale;
+    }
+  }
+
+  // out [head_dim] += weight [slots] v [slots, head_dim], 32 columns at a time, whose sums stay in registers.
+  static void add_values(float* out, const float* weight, const float* v, size_t slots, size_t head_dim) {
+    constexpr size_t width = 32;
+    for (size_t i = 0; i < head_dim; i += width) {
+      float sum[width] = {};
+      const size_t n = std::min(width, head_dim - i);
+      if (n == width) {
+        for (size_t s = 0; s < slots; ++s)
+#pragma omp simd
+          for (size_t j = 0; j < width; ++j) sum[j] += weight[s] * v[s * head_dim + i + j];
+      } else {
+        for (size_t s = 0; s < slots; ++s)
+          for (size_t j = 0; j < n; ++j) sum[j] += weight[s] * v[s * head_dim + i + j];
+      }
+      for (size_t j = 0; j < n; ++j) out[i + j] += sum[j];
+    }
+  }
+
+  // Takes one more block of a row's scores into its running softmax: scores become weights e^(score - most), those past
+  // `visible` become 0, and what was summed before is scaled to the new maximum.
+  static void softmax_step(float* score, size_t visible, size_t slots, float& most, float& sum, float* out,
+                           size_t head_dim) {
+    float block_most = most;
+    for (size_t s = 0; s < visible; ++s) block_most = score[s] > block_most ? score[s] : block_most;
+    const float factor = most == block_most ? 1.0f : exp(most - block_most);
+    float block_sum = 0;
+#pragma omp simd reduction(+ : block_sum)
+    for (size_t s = 0; s < visible; ++s) block_sum += score[s] = exp(score[s] - block_most);
+    std::fill(score + visible, score + slots, 0.0f);
+    if (factor != 1.0f)
+      for (size_t i = 0; i < head_dim; ++i) out[i] *= factor;
+    sum = sum * factor + block_sum;
+    most = block_most;
+  }
+};
+
+// ---- sampling -----------------------------------------------------------------------------------------------------
+
+struct Sampling {
+  float temperature = 0;  // 0: greedy
+  int top_k = 0;          // 0: off
+  float top_p = 1;        // 1: off
+  float min_p = 0;        // 0: off
+  uint64_t seed = 0;
+};
+
+// The id of the largest logit, the first of equals. A NaN anywhere is an error, never an answer.
+inline int arg_max(const float* logits, size_t vocab) {
+  size_t best = 0;
+  bool nan = false;
+  for (size_t i = 0; i < vocab; ++i) {
+    nan |= std::isnan(logits[i]);
+    if (logits[i] > logits[best]) best = i;
+  }
+  if (nan) throw Error(1, "logits", "not a number", "the weights are damaged: export the checkpoint again");
+  return int(best);
+}
+
+// Draws a token: the most likely top_k; of these the fewest whose probabilities reach top_p (Holtzman et al., arXiv
+// 1904.09751); of these the ones at least min_p times as likely as the likeliest; from what is left by softmax(logits /
+// temperature). The same seed draws the same tokens on every machine.
+class Sampler {
+ public:
+  explicit Sampler(const Sampling& s) : s_(s), random_(s.seed) {}
+
+  int operator()(const float* logits, size_t vocab) {
+    const int best = arg_max(logits, vocab);
+    if (s_.temperature == 0) return best;
+    order_.resize(vocab);
+    for (size_t i = 0; i < vocab; ++i) order_[i] = int(i);
+    auto likelier = [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
+    std::sort(order_.begin(), order_.end(), likelier);
+    if (s_.top_k > 0) order_.resize(std::min<size_t>(vocab, s_.top_k));
+    auto weight = [&](int id, double t) { return std::exp((double(logits[id]) - logits[best]) / t); };
+    if (s_.top_p < 1) {
+      double all = 0, sum = 0;
+      for (int id : order_) all += weight(id, 1);
+      size_t n = 0;
+      while (n < order_.size() && sum < s_.top_p * all) sum += weight(order_[n++], 1);
+      order_.resize(std::max<size_t>(n, 1));
+    }
+    size_t n = order_.size();
+    while (n > 1 && weight(order_[n - 1], 1) < s_.min_p) --n;
+    double all = 0;
+    for (size_t i = 0; i < n; ++i) all += weight(order_[i], s_.temperature);
+    double left = double(random_() >> 11) * 0x1p-53 * all;
+    for (size_t i = 0; i + 1 < n; ++i)
+      if ((left -= weight(order_[i], s_.temperature)) < 0) return order_[i];
+    return order_[n - 1];
+  }
+
+ private:
+  Sampling s_;
+  std::mt19937_64 random_;
+  std::vector<int> order_;
+};
+
+}  // namespace speed

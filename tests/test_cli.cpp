@@ -1,0 +1,463 @@
+// The program as a user meets it: every mode and error rule, by running ./speed (or $SPEED) on tiny models.
+#include <sys/wait.h>
+
+#include "helpers.h"
+#include "report.h"
+
+using namespace test;
+
+namespace {
+
+struct Ran {
+  std::string out, err;
+  int code = -1;
+};
+
+const std::string program = std::getenv("SPEED") ? std::getenv("SPEED") : "./speed";
+const std::string on_tied = " -m tests/golden/tied.safetensors ", on_scaled = " -m tests/golden/scaled.safetensors ",
+                  on_swiftkv = " -m tests/golden/swiftkv.safetensors ";
+
+// Runs a shell command in which SPEED stands for the program.
+Ran shell(std::string command) {
+  Scratch scratch;
+  for (size_t at; (at = command.find("SPEED")) != std::string::npos;) command.replace(at, 5, program);
+  const int status =
+      std::system(("( " + command + " ) </dev/null >" + (scratch / "out") + " 2>" + (scratch / "err")).c_str());
+  return {read_file(scratch / "out"), read_file(scratch / "err"),
+          WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status)};
+}
+
+Ran speed_(const std::string& args) { return shell("SPEED " + args); }
+
+// An error: the exit code, nothing on stdout, one line "speed: what: why; what to do" that holds these words.
+void refused(const std::string& args, int code, const std::string& words) {
+  const Ran r = speed_(args);
+  INFO("speed " << args << "\n" << r.err);
+  CHECK(r.code == code);
+  CHECK(r.out.empty());
+  std::string line = r.err;
+  for (size_t at; line.rfind("speed: note:", 0) == 0 && (at = line.find('\n')) != std::string::npos;)
+    line.erase(0, at + 1);
+  CHECK(line.rfind("speed: ", 0) == 0);
+  CHECK(std::count(line.begin(), line.end(), '\n') == 1);
+  CHECK(line.find("; ") != std::string::npos);
+  CHECK(line.find(words) != std::string::npos);
+}
+
+std::vector<int> ids_of(const std::string& line) {
+  std::istringstream in(line);
+  return {std::istream_iterator<int>(in), {}};
+}
+
+std::string joined(const std::vector<int>& ids) {
+  std::ostringstream s;
+  for (size_t i = 0; i < ids.size(); ++i) s << (i ? "," : "") << ids[i];
+  return s.str();
+}
+
+}  // namespace
+
+TEST_CASE("help and version", "[cli]") {
+  const Ran none = speed_("");
+  CHECK(none.code == 2);
+  CHECK(none.out.empty());
+  CHECK(none.err.find("Usage: speed") != std::string::npos);
+  CHECK(speed_("--version").out.rfind("speed ", 0) == 0);
+  const Ran help = speed_("--help");
+  CHECK(help.code == 0);
+  for (const char* mode : {"generate", "chat", "logits", "trace", "bench", "plan", "tokenize", "info"}) {
+    CHECK(help.out.find(mode) != std::string::npos);
+    const Ran r = speed_(std::string(mode) + " --help");
+    CHECK(r.code == 0);
+    CHECK(r.err.empty());
+    CHECK(r.out.find("Usage: speed " + std::string(mode)) != std::string::npos);
+    std::istringstream lines(r.out);
+    int count = 0;
+    for (std::string line; std::getline(lines, line); ++count) CHECK(line.size() <= 80);
+    CHECK(count <= 50);
+  }
+}
+
+TEST_CASE("flags that are wrong", "[cli]") {
+  refused("--polici speed", 2, "did you mean --policy?");
+  refused("generate --promt hi", 2, "did you mean --prompt?");
+  refused("generat -p hi", 2, "did you mean generate?");
+  refused("-p hi there", 2, "there: a word that belongs to no flag");
+  refused(on_tied + "-p hi -n 0", 2, "from 1 to");
+  refused(on_tied + "-p hi -n ten", 2, "got ten");
+  refused(on_tied + "-p hi -n 99999999999999999999", 2, "whole number");
+  refused(on_tied + "-p hi --temp nan", 2, "--temp");
+  refused(on_tied + "-p hi --temp -1", 2, "--temp");
+  refused(on_tied + "-p hi -n", 2, "-n");
+  refused(on_tied + "-p hi -f tests/main.cpp", 2, "more than one text");
+  refused(on_tied, 2, "none given");
+  refused(on_tied + "-p ''", 2, "empty");
+  refused(on_tied + "-p hi --device cuda", 2, "CPU alone");
+  refused(on_tied + "-p hi --system x", 2, "add --chat");
+  refused(on_tied + "-p hi -o xml", 2, "text|md|csv|json");
+}
+
+TEST_CASE("policies that cannot be", "[cli]") {
+  refused(on_tied + "-p hi --k 4", 2, "3 layers");
+  refused(on_tied + "-p hi --k 0", 2, "from 1");
+  refused(on_tied + "-p hi --policy full --k 2", 2, "has no K");
+  refused(on_tied + "-p hi --policy share --k 2 --keep 0", 2, "has no K");
+  refused(on_tied + "-p hi --policy share", 2, "--keep");
+  refused(on_tied + "-p hi --policy share --keep 1,2", 2, "layer 0 is missing");
+  refused(on_tied + "-p hi --policy share --keep 0,3", 2, "layer 3");
+  refused(on_tied + "-p hi --policy share --keep 0,x", 2, "\"x\"");
+  refused(on_tied + "-p hi --policy share --keep 0 --every 2", 2, "both");
+  refused(on_tied + "-p hi --policy pop --keep 0", 2, "--keep");
+  refused(on_tied + "-p hi --policy pop --no-bos", 2, "--no-bos");
+  refused(on_tied + "-p hi --policy swiftkv", 2, "no SwiftKV weights");
+  refused(on_swiftkv + "-p hi --policy swiftkv --k 3", 2, "begin at layer 2");
+  refused(on_tied + "-p hi --split 3", 2, "the prompt has 3 tokens");
+  refused(on_tied + "-p hi --policy speeed", 2, "speeed");
+}
+
+TEST_CASE("default policies", "[cli]") {
+  auto first_word = [](const std::string& args) {
+    const std::string err = speed_(args).err;
+    const size_t at = err.rfind(
+        "\n", err.find(": ", err.find("prompt tokens") == std::string::npos ? 0 : err.find("prompt tokens") - 6));
+    return err.substr(at == std::string::npos ? 0 : at + 1, 20);
+  };
+  CHECK(first_word(on_tied + "-n 1 -p hi").rfind("full:", 0) == 0);
+  CHECK(first_word(on_tied + "-n 1 -p hi --k 2").rfind("speed K=2:", 0) == 0);
+  CHECK(first_word(on_tied + "-n 1 -p hi --policy speed").rfind("speed K=2:", 0) == 0);  // floor(3 * 3 / 4)
+  CHECK(first_word(on_tied + "-n 1 -p hi --policy pop").rfind("pop K=2:", 0) == 0);      // 3 - floor(3 / 3)
+  CHECK(first_word(on_tied + "-n 1 -p hi --keep 2,0,2").rfind("share 2/3:", 0) == 0);
+  CHECK(first_word(on_swiftkv + "-n 1 -p hi").rfind("swiftkv K=2:", 0) == 0);  // what the file was adapted to
+  CHECK(first_word(on_swiftkv + "-n 1 -p hi --policy full").rfind("full:", 0) == 0);
+}
+
+TEST_CASE("a note, once, where weights were not trained for a policy", "[cli]") {
+  auto notes = [](const std::string& args) {
+    const std::string err = speed_(args).err;
+    size_t count = 0;
+    for (size_t at = 0; (at = err.find("not trained for", at)) != std::string::npos; ++at) ++count;
+    return count;
+  };
+  CHECK(notes(on_tied + "-n 5 -p hi --k 2") == 1);
+  CHECK(notes(on_tied + "-n 5 -p hi --every 2") == 1);
+  CHECK(notes(on_tied + "-n 5 -p hi --k 3") == 0);
+  CHECK(notes(on_tied + "-n 5 -p hi --policy pop") == 0);
+  CHECK(notes(on_tied + "-n 5 -p hi") == 0);
+}
+
+TEST_CASE("generate equals Hugging Face's greedy ids", "[cli][golden]") {
+  Scratch scratch;
+  size_t compared = 0;
+  for (const json& j : json::parse(read_file(golden("greedy.json")))) {
+    Model m(golden(j["model"]));
+    const std::vector<int> ids = j["tokens"], expected = j["new"];
+    std::string flags = " --policy " + j["policy"].get<std::string>();
+    if (j["policy"] == "speed" || j["policy"] == "pop") flags += " --k " + j["k"].dump();
+    if (!j["bos"].get<bool>()) flags += " --no-bos";
+    if (!j["keep"].is_null()) flags += " --keep " + joined(j["keep"]);
+    // generate takes text, so the ids go in one by one through logits, each step the likeliest.
+    std::vector<int> text = ids;
+    for (int next : expected) {
+      const Ran r = speed_("logits -m " + golden(j["model"]) + flags + " --split " + j["split"].dump() + " --tokens " +
+                           joined(text) + " --out " + (scratch / "x.npy"));
+      REQUIRE(r.code == 0);
+      const auto x = read_npy(scratch / "x.npy");
+      const size_t V = m.config.shape.vocab;
+      CHECK(arg_max(x.data() + x.size() - V, V) == next);
+      text.push_back(next);
+      ++compared;
+    }
+  }
+  CHECK(compared > 50);
+}
+
+TEST_CASE("generate: text, streams, stops", "[cli]") {
+  const Ran a = speed_(on_scaled + "-p 'The quick brown fox' -n 12");
+  CHECK(a.code == 0);
+  CHECK(a.out.size() > 1);
+  CHECK(a.out.back() == '\n');
+  CHECK(first_invalid_utf8(a.out) == std::string::npos);
+  CHECK(a.err.find("12 new tokens") != std::string::npos);
+  CHECK(speed_(on_scaled + "-p 'The quick brown fox' -n 12 -t 1").out == a.out);
+  CHECK(shell("printf 'The quick brown fox' | SPEED" + on_scaled + "- -n 12").out == a.out);
+  CHECK(speed_(on_scaled + "-p 'The quick brown fox' -n 12 --temp 1 -s 3").out ==
+        speed_(on_scaled + "-p 'The quick brown fox' -n 12 --temp 1 -s 3").out);
+  CHECK(speed_(on_scaled + "-p 'The quick brown fox' -n 12 --temp 1 -s 3").out !=
+        speed_(on_scaled + "-p 'The quick brown fox' -n 12 --temp 1 -s 4").out);
+  const std::string text = a.out.substr(0, a.out.size() - 1), stop = text.substr(text.size() / 2, 1);
+  if ((stop[0] & 0x80) == 0 && stop != "'") {
+    const Ran s = speed_(on_scaled + "-p 'The quick brown fox' -n 12 --stop '" + stop + "'");
+    CHECK(s.out == text.substr(0, text.find(stop)) + "\n");
+  }
+}
+
+TEST_CASE("context", "[cli]") {
+  refused(on_tied + "-p 'a rather long prompt' -c 3", 2, "the prompt has");
+  refused(on_tied + "-p hi -n 1000", 2, "-c 1003");
+  const Ran forced = speed_(on_tied + "-p hi -n 600 -c 603");
+  CHECK(forced.code == 0);
+  CHECK(forced.err.find("longer than the 512 tokens") != std::string::npos);
+  CHECK(speed_(on_tied + "-p hi -n 50 -c 10").code == 0);
+}
+
+TEST_CASE("compare", "[cli]") {
+  const Ran r = speed_(on_scaled + "-p 'The quick brown fox' -n 8 --k 2 --compare -o json");
+  REQUIRE(r.code == 0);
+  const json rows = json::parse(r.out)["rows"];
+  REQUIRE(rows.size() == 2);
+  CHECK(rows[0]["policy"] == "full");
+  CHECK(rows[0]["same_top1"] == 1.0);
+  CHECK(rows[0]["texts_part_at"].is_null());
+  CHECK(rows[1]["k"] == 2);
+  CHECK(rows[1]["prefill_flops"] < rows[0]["prefill_flops"]);
+  CHECK(rows[1]["kv_bytes"] < rows[0]["kv_bytes"]);
+  const Ran list = speed_(on_scaled + "--chat -p hi -n 4 --compare speed:2:no-bos,pop:3,share:2,speed:4 -o csv");
+  CHECK(std::count(list.out.begin(), list.out.end(), '\n') == 6);
+  CHECK(list.out.find("share 2/4") != std::string::npos);
+  const Ran same = speed_(on_scaled + "-p hi -n 8 --compare speed:4 -o json");
+  CHECK(json::parse(same.out)["rows"][1]["same_top1"] == 1.0);
+  refused(on_scaled + "-p hi --compare sped:2", 2, "\"sped:2\"");
+  refused(on_scaled + "-p hi --compare speed:9", 2, "4 layers");
+}
+
+TEST_CASE("logits", "[cli]") {
+  Scratch scratch;
+  const std::string out = " --out " + (scratch / "x.npy");
+  for (const json& j : json::parse(read_file(golden("cases.json")))) {
+    if (j["policy"] != "speed" || j["split"] != 37) continue;
+    const Ran r = speed_("logits -m " + golden(j["model"]) + " --tokens " + joined(j["tokens"]) +
+                         " --split 37 --policy speed --k " + j["k"].dump() + (j["bos"] ? "" : " --no-bos") + out);
+    CHECK(r.code == 0);
+    CHECK(r.out.empty());
+    const auto x = read_npy(scratch / "x.npy"), ref = read_npy(golden(j["file"]));
+    CHECK(worst_row(x, ref, x.size() / 3) < 2e-5);
+  }
+  CHECK(shell("printf '269,1 2\\n3' >" + (scratch / "ids") + "; SPEED logits" + on_tied + "--tokens-file " +
+              (scratch / "ids") + out)
+            .code == 0);
+  CHECK(speed_("logits" + on_tied + "-p hi" + out).code == 0);
+  std::filesystem::remove(scratch / "x.npy");
+  refused("logits" + on_tied + "--tokens 269,5", 2, "--out");
+  refused("logits" + on_tied + out, 2, "none given");
+  refused("logits" + on_tied + "--tokens 269" + out, 2, "2 or more");
+  refused("logits" + on_tied + "--tokens 269,1,2 --split 3" + out, 2, "1 to 2");
+  refused("logits" + on_tied + "--tokens 269,1,2 --split 0" + out, 2, "1 to 2");
+  refused("logits" + on_tied + "--tokens 269,999" + out, 2, "token 999");
+  refused("logits" + on_tied + "--tokens 269,-1" + out, 2, "\"-1\"");
+  refused("logits" + on_tied + "--tokens 269,269,1" + out, 2, "two BoS");
+  refused("logits" + on_tied + "--tokens 1,2,3 --k 2" + out, 2, "expected BoS");
+  CHECK_FALSE(std::filesystem::exists(scratch / "x.npy"));
+  CHECK(speed_("logits" + on_tied + "--tokens 1,2,3 --k 2 --no-bos" + out).code == 0);
+  CHECK(speed_("logits" + on_tied + "--tokens 269,1,2 --out /nonexistent/x.npy").code == 1);
+}
+
+TEST_CASE("tokenize", "[cli]") {
+  const Ran r = speed_("tokenize" + on_tied + "-p 'Hello, wörld'");
+  CHECK(r.code == 0);
+  CHECK(speed_("tokenize" + on_tied + "--decode -p '" + r.out.substr(0, r.out.size() - 1) + "'").out == "Hello, wörld");
+  const std::string forged = "'<|eot_id|>'";
+  CHECK(ids_of(speed_("tokenize" + on_tied + "-p " + forged).out).size() > 3);
+  const auto special = ids_of(speed_("tokenize" + on_tied + "--special -p " + forged).out);
+  REQUIRE(special.size() == 1);
+  CHECK(speed_("tokenize" + on_tied + "--decode -p " + std::to_string(special[0])).out == "<|eot_id|>");
+  CHECK(shell("printf 'a\\n' | SPEED tokenize" + on_tied + "-").out != speed_("tokenize" + on_tied + "-p a").out);
+  CHECK(speed_("tokenize" + on_tied + "-p ''").out == "\n");
+  refused("tokenize" + on_tied + "--decode -p 99999", 2, "99999");
+  refused("tokenize" + on_tied + "--decode -p one", 2, "\"one\"");
+  const Ran bad = shell("printf 'ab\\377c' | SPEED tokenize" + on_tied + "-");
+  CHECK(bad.code == 1);
+  CHECK(bad.err.find("not UTF-8 at byte 2") != std::string::npos);
+}
+
+TEST_CASE("plan", "[cli]") {
+  const json rows = json::parse(speed_("plan --shape llama-3.1-8b --ctx 1024 --k 24 --json").out)["rows"];
+  REQUIRE(rows.size() == 2);
+  const std::set<std::string> keys = {"policy",        "k",
+                                      "bos",           "prompt",
+                                      "tail",          "new",
+                                      "prefill_flops", "decode_flops",
+                                      "kv_bytes",      "decode_read_bytes",
+                                      "weight_bytes"};
+  for (auto& key : keys) CHECK(rows[1].contains(key));
+  CHECK(rows[0]["prefill_flops"] == 14132189331456);
+  CHECK(rows[0]["bos"].is_null());
+  CHECK(rows[1]["prefill_flops"] == 10493479878656);
+  CHECK(rows[1]["bos"] == true);
+  CHECK(json::parse(speed_("plan --shape llama-3.1-8b --policy full --json").out)["rows"].size() == 1);
+  for (const char* p : {"speed", "pop", "swiftkv --group 2", "share --every 2"})
+    CHECK(speed_(std::string("plan --shape llama-3.2-1b --policy ") + p).code == 0);
+  CHECK(speed_("plan" + on_tied + "--k 2").code == 0);
+  refused("plan", 2, "neither given");
+  refused("plan --shape llama-9", 2, "llama-9");
+  refused("plan --shape llama-3.2-1b" + on_tied, 2, "both given");
+  refused("plan --shape llama-3.2-1b --kv-bytes 3", 2, "2|4");
+  refused("plan --shape llama-3.2-1b --ctx 10 --tail 11", 2, "--tail");
+  refused("plan --shape llama-3.2-1b --k 17", 2, "16 layers");
+}
+
+TEST_CASE("bench", "[cli]") {
+  const Ran r = speed_("bench" + on_scaled + "-p 8,20 -n 3 --depth 0,10 --policy full,speed,pop --k 2,3 -r 2 -o json");
+  REQUIRE(r.code == 0);
+  const json tests = json::parse(r.out);
+  REQUIRE(tests.size() == 5 * 4);  // full once, speed and pop at two K; two prompts, two depths
+  for (auto& t : tests) {
+    for (const char* key :
+         {"n_prompt",       "n_gen",        "n_depth",  "avg_ns",     "stddev_ns", "avg_ts",  "stddev_ts", "samples_ns",
+          "samples_ts",     "policy",       "k",        "bos",        "device",    "threads", "gflops",    "gbps",
+          "ceiling_gflops", "ceiling_gbps", "floor_ns", "peak_bytes", "commit"})
+      CHECK(t.contains(key));
+    CHECK(t["samples_ns"].size() == 2);
+    CHECK(t["avg_ts"] > 0);
+    CHECK(t["ceiling_gbps"] > 0);
+  }
+  CHECK(speed_("bench" + on_tied + "-p 8 -n 0 -r 1 -o md").out.rfind("| test", 0) == 0);
+  refused("bench" + on_tied + "-p 600", 2, "exceeds the model's 512");
+  refused("bench" + on_tied + "--policy fast", 2, "\"fast\"");
+  refused("bench" + on_tied + "--policy speed --k 9", 2, "3 layers");
+  refused("bench" + on_tied + "-p x", 2, "\"x\"");
+}
+
+TEST_CASE("trace", "[cli]") {
+  Scratch scratch;
+  const Ran r =
+      speed_("trace" + on_scaled + "-p 'The quick brown fox' --k 2 -o json --dump " + (scratch / "h.safetensors"));
+  REQUIRE(r.code == 0);
+  const json rows = json::parse(r.out)["rows"];
+  REQUIRE(rows.size() == 6);  // four layers, the head, all
+  for (auto& row : rows) CHECK(row["flops"] == row["predicted_flops"]);
+  CHECK(rows[0]["prompt_rows"] == rows[0]["kv_rows"].get<int>() - 1);
+  CHECK(rows[1]["prompt_rows"] == 0);
+  CHECK(rows[2]["kv_rows"] == 1);
+  CHECK(rows[2]["slots"] == 2);
+  const std::string h = read_file(scratch / "h.safetensors");
+  CHECK(h.find("layer.3") != std::string::npos);
+  std::istringstream text(speed_("trace" + on_scaled + "-p 'The quick brown fox' --k 2").out);
+  for (std::string line; std::getline(text, line);) CHECK(columns(line) <= 80);
+}
+
+TEST_CASE("info and tables", "[cli]") {
+  CHECK(speed_("info" + on_tied).out.find("chat template") != std::string::npos);
+  CHECK(json::parse(speed_("info" + on_tied + "-o json").out)["rows"].size() > 10);
+  CHECK(speed_("info" + on_tied + "-o md").out.rfind("| what", 0) == 0);
+  CHECK(speed_("info" + on_tied + "-o csv").out.rfind("what,value\n", 0) == 0);
+  refused("info -m /nonexistent", 1, "/nonexistent");
+  refused("info -m tests", 1, "not a regular file");
+  refused("info -m tests/main.cpp", 1, "tests/main.cpp");
+}
+
+TEST_CASE("chat", "[cli]") {
+  auto chat = [](const std::string& lines, const std::string& flags) {
+    return shell("printf '" + lines + "' | SPEED chat" + flags);
+  };
+  const Ran three = chat("one\\ntwo\\nthree", on_scaled + "-n 6");
+  CHECK(three.code == 0);
+  CHECK(std::count(three.out.begin(), three.out.end(), '\n') >= 3);
+  CHECK(chat("one\\n/quit\\ntwo\\n", on_scaled + "-n 6").out == chat("one", on_scaled + "-n 6").out);
+  const Ran reset = chat("one\\n/reset\\none\\n", on_scaled + "-n 6");
+  const std::string once = chat("one\\n", on_scaled + "-n 6").out;
+  CHECK(reset.out == once + once);
+  CHECK(chat("", on_scaled).code == 0);
+  CHECK(chat("/k 9\\n", on_scaled).err.find("4 layers") != std::string::npos);
+  CHECK(chat("/bos maybe\\n", on_scaled).err.find("no such command") != std::string::npos);
+  CHECK(chat("a\\377\\n", on_scaled).err.find("not UTF-8 at byte 1") != std::string::npos);
+  const Ran full = chat("one\\ntwo\\n" + std::string(200, 'x') + "\\nthree\\n", on_scaled + "-n 4 -c 120");
+  CHECK(full.code == 0);
+  CHECK(full.err.find("of 120 are left") != std::string::npos);
+  CHECK(std::count(full.out.begin(), full.out.end(), '\n') >= 3);  // the turn after it was answered
+}
+
+TEST_CASE("three turns of a chat draw what the conversation prefilled afresh does", "[cli]") {
+  Scratch scratch;
+  size_t compared = 0;
+  for (auto& [model, flags] : std::vector<std::pair<std::string, std::string>>{{on_scaled, "--policy full"},
+                                                                               {on_scaled, "--k 2"},
+                                                                               {on_scaled, "--k 1 --no-bos"},
+                                                                               {on_scaled, "--policy share --keep 0,2"},
+                                                                               {on_swiftkv, "--policy swiftkv"},
+                                                                               {on_tied, "--policy pop --k 2"},
+                                                                               {on_tied, "--policy share --every 2"}}) {
+    INFO(model << flags);
+    const Ran r = shell("printf 'one <|eot_id|> two\\nthree\\nfour\\n' | SPEED chat" + model + flags +
+                        " -n 7 --record " + (scratch / "r.json"));
+    REQUIRE(r.code == 0);
+    const json turns = json::parse(read_file(scratch / "r.json"))["turns"];
+    REQUIRE(turns.size() == 3);
+    std::vector<int> said;
+    for (auto& turn : turns) {
+      // A turn's ids begin with the last token drawn in the turn before, if that was no stop token.
+      const std::vector<int> ids = turn["prompt_ids"], drawn = turn["new_ids"];
+      const size_t split = said.size() + turn["split"].get<size_t>();
+      said.insert(said.end(), ids.begin(), ids.end());
+      std::vector<int> all = said;
+      all.insert(all.end(), drawn.begin(), drawn.end() - 1);
+      REQUIRE(speed_("logits" + model + flags + " --split " + std::to_string(split) + " --tokens " + joined(all) +
+                     " --out " + (scratch / "x.npy"))
+                  .code == 0);
+      const auto x = read_npy(scratch / "x.npy");
+      const size_t V = x.size() / (all.size() - split), first = said.size() - 1 - split;
+      for (size_t i = 0; i < drawn.size(); ++i) CHECK(arg_max(x.data() + (first + i) * V, V) == drawn[i]);
+      compared += drawn.size();
+      said.insert(said.end(), drawn.begin(), drawn.begin() + turn["decode_steps"].get<long>());
+    }
+    // The user wrote a turn mark: it stayed text, so there is no such id before the mark that ends the turn.
+    const std::vector<int> first = turns[0]["prompt_ids"];
+    const int eot = ids_of(speed_("tokenize" + model + "--special -p '<|eot_id|>'").out).at(0);
+    CHECK(std::count(first.begin(), first.end(), eot) == 1);
+  }
+  CHECK(compared > 100);
+}
+
+TEST_CASE("Ctrl-C ends a run with its summary", "[cli]") {
+  const std::string endless = "--chat" + on_tied + "-p hello -n 1000000 -c 1000100 -t 1";
+  const Ran r = shell("timeout --preserve-status -s INT 0.7 SPEED " + endless + " >/dev/null");
+  CHECK(r.code == 130);
+  CHECK(r.err.find("; interrupted") != std::string::npos);
+  CHECK(shell("(echo hello; sleep 5) | timeout --preserve-status -s INT 0.7 SPEED chat" + on_tied + "-n 5").code == 0);
+  // A closed pipe ends it without a word.
+  const Ran closed = shell("SPEED " + endless + " | head -c 5");
+  CHECK(closed.out.size() == 5);
+  CHECK(closed.err.find("speed: note") != std::string::npos);
+  CHECK(std::count(closed.err.begin(), closed.err.end(), '\n') == 2);  // the note on the context, the line on memory
+}
+
+TEST_CASE("run record", "[cli]") {
+  Scratch scratch;
+  CHECK(speed_(on_scaled + "-p hi -n 3 --record " + (scratch / "r.json")).code == 0);
+  const json r = json::parse(read_file(scratch / "r.json"));
+  for (const char* key : {"program", "command", "device", "seed", "peak_bytes", "result"}) CHECK(r.contains(key));
+  CHECK(r["result"]["new_tokens"] == 3);
+  // A device or pipe is written to, not replaced by a file.
+  CHECK(shell("mkfifo " + (scratch / "pipe") + "; (cat " + (scratch / "pipe") + " & SPEED" + on_scaled +
+              "-p hi -n 3 --record " + (scratch / "pipe") + " >&2; wait)")
+            .out.find("\"new_tokens\": 3") != std::string::npos);
+  CHECK(std::filesystem::is_fifo(scratch / "pipe"));
+}
+
+TEST_CASE("what the system does to a run ends it in one line and leaves no half-written file", "[cli]") {
+  Scratch scratch;
+  auto one_line = [](const Ran& r, int code, const std::string& words) {
+    INFO(r.err);
+    CHECK(r.code == code);
+    CHECK(r.err.find(words) != std::string::npos);
+  };
+  for (const std::string& mode :
+       {"tokenize" + on_tied + "-p hi", on_tied + "-p hi -n 3", "info" + on_tied, std::string("--help")})
+    one_line(shell("SPEED " + mode + " >/dev/full"), 1, "standard output: cannot be written");
+  std::string ids = "269";
+  for (int i = 0; i < 3000; ++i) ids += "," + std::to_string(i % 200);
+  // Waits until the output has begun, 5 s at most.
+  const std::string begun =
+      "for i in $(seq 500); do ls " + (scratch / "x.npy") + ".part.* && break; sleep 0.01; done; ";
+  const std::string long_run = "logits -t 1 --chunk 4 --split 1 --tokens " + ids + " --out " + (scratch / "x.npy");
+  one_line(shell("ulimit -f 8; SPEED " + long_run + on_tied), 1, "cannot be written: File too large");
+  CHECK(shell("SPEED " + long_run + " -m models/small.safetensors & " + begun + "kill $!; wait $!").code == 143);
+  one_line(shell("cp models/small.safetensors " + (scratch / "m") + "; SPEED " + long_run + " -m " + (scratch / "m") +
+                 " & " + begun + "truncate -s 70000 " + (scratch / "m") + "; wait $!"),
+           1, "model file: it was cut short");
+  std::filesystem::remove(scratch / "m");
+  CHECK(std::filesystem::is_empty(scratch.path));
+  CHECK(shell("sleep 2 | timeout --preserve-status -s INT 0.5 SPEED tokenize" + on_tied + "-").code == 130);
+  refused("logits" + on_tied + "--tokens-file tests --out " + (scratch / "x.npy"), 1, "tests: cannot be read");
+  refused(on_tied + "-p hi --stop ''", 2, "--stop");
+  refused(on_tied + "-p hi --k '1\n2'", 2, "1?2");
+}

@@ -1,0 +1,792 @@
+"""Tests of export_weights.py: round trips, each refusal by name, hostile files, and no output file after a failure.
+
+Needs numpy and jinja2; gguf for the GGUF tests, which are reported as skipped without it.
+"""
+import contextlib
+import copy
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "hf")]
+import export_weights  # noqa: E402
+import random_models  # noqa: E402
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
+
+DROP = object()  # as a value: remove the key
+SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=4,
+             intermediate_size=19, vocab_size=275, rope_theta=500000.0, rope_scaling=random_models.LLAMA3)
+SWIFTKV = dict(SMALL, num_hidden_layers=5, num_key_value_layers=2, key_value_group_size=2)
+
+
+def export(*arguments):
+    """(exit code, stdout, stderr) of the exporter, run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = export_weights.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def change(target, changes):
+    """A copy of a nested dict with the values at paths like "model.type" replaced."""
+    target = copy.deepcopy(target)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        at = target
+        for key in parents:
+            at = at[int(key) if isinstance(at, list) else key]
+        if value is DROP:
+            del at[last]
+        else:
+            at[int(last) if isinstance(at, list) else last] = value
+    return target
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.scratch = tempfile.TemporaryDirectory()
+        self.folder = Path(self.scratch.name)
+        self.checkpoint, self.out = self.folder / "model", self.folder / "out.safetensors"
+
+    def tearDown(self):
+        self.scratch.cleanup()
+
+    def write(self, spec=None, dtype="F32", seed=5):
+        return random_models.write_checkpoint(self.checkpoint, spec or SMALL, seed, dtype)
+
+    def rewrite(self, name, changes):
+        path = self.checkpoint / name
+        path.write_text(json.dumps(change(json.loads(path.read_text()), changes)))
+
+    def accept(self, *more):
+        code, out, err = export(self.checkpoint, self.out, *more)
+        self.assertEqual((code, err), (0, ""))
+        return export_weights.Safetensors(self.out), out
+
+    def refuse(self, word, code=1, arguments=None):
+        """The exporter says `word` in one line, exits with `code` and leaves no file behind."""
+        before = sorted(self.folder.iterdir())
+        got, out, err = export(*((self.checkpoint, self.out) if arguments is None else arguments))
+        self.assertEqual(out, "")
+        self.assertRegex(err, r"\Aexport_weights\.py: [^\n]+: [^\n]+; [^\n]+\n\Z")
+        self.assertIn(word, err)
+        self.assertEqual(got, code, err)
+        self.assertEqual(sorted(self.folder.iterdir()), before)
+
+
+def meta(file, key):
+    return json.loads(file.metadata[key])
+
+
+class RoundTrip(Case):
+    def test_weights_keep_every_bit_in_each_dtype(self):
+        expected = random_models.random_tensors(random_models.base_config(SMALL), 5)
+        for dtype in ("F32", "F16", "BF16"):
+            self.write(dtype=dtype)
+            if dtype == "F16":  # bf16 has a wider range: compare with what F16 kept
+                expected = {name: random_models.to_bf16(x.astype(np.float16).astype(np.float32))
+                            for name, x in expected.items()}
+            if dtype == "BF16":
+                expected = random_models.random_tensors(random_models.base_config(SMALL), 5)
+            file, _ = self.accept()
+            for name, x in expected.items():
+                np.testing.assert_array_equal(file.array(name), (x.view(np.uint32) >> 16).astype(np.uint16), name)
+
+    def test_layout(self):
+        self.write()
+        file, out = self.accept()
+        raw = self.out.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        self.assertEqual(start % 64, 0)
+        self.assertEqual(set(file.metadata), {"format", "config", "tokenizer", "chat"})
+        self.assertEqual(file.metadata["format"], "speed 1")
+        dtypes = [t[0] for t in sorted(file.tensors.values(), key=lambda t: t[2])]
+        self.assertEqual(dtypes, sorted(dtypes, key=["U32", "F32", "BF16", "U8"].index))
+        self.assertIn("275 tokens", out)
+        self.assertIn("chat template: llama-3\n", out)
+
+    def test_config(self):
+        self.write()
+        config = meta(self.accept()[0], "config")
+        self.assertEqual(config, {
+            "name": "model", "vocab_size": 275, "hidden_size": 24, "intermediate_size": 19, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "tie_word_embeddings": False, "rope_theta": 500000.0,
+            "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                             "original_max_position_embeddings": 32},
+            "bos_token_id": 269, "eos_token_id": [270, 273], "swiftkv": None, "adapted": []})
+
+    def test_missing_keys_take_hugging_face_defaults(self):
+        self.write(dict(SMALL, num_key_value_heads=6, rope_scaling=None))
+        self.rewrite("config.json", {key: DROP for key in (
+            "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+            "hidden_act", "rope_theta", "num_key_value_heads", "head_dim", "architectures", "model_type")})
+        config = meta(self.accept()[0], "config")
+        self.assertEqual([config[key] for key in (
+            "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "rope_theta",
+            "num_key_value_heads", "head_dim")], [1e-6, 2048, 1, [2], 10000.0, 6, 4])
+
+    def test_transformers_5_writes_rope_parameters(self):
+        self.write()
+        published = meta(self.accept()[0], "config")
+        self.rewrite("config.json", {"rope_theta": DROP, "rope_scaling": DROP,
+                                     "rope_parameters": {**random_models.LLAMA3, "rope_theta": 500000.0}})
+        self.assertEqual(meta(self.accept()[0], "config"), published)
+
+    def test_original_length_defaults_to_the_context(self):
+        self.write()
+        self.rewrite("config.json", {"rope_scaling.original_max_position_embeddings": DROP})
+        self.assertEqual(meta(self.accept()[0], "config")["rope_scaling"]["original_max_position_embeddings"], 512)
+
+    def test_generation_config_adds_stop_tokens(self):
+        self.write()
+        (self.checkpoint / "generation_config.json").write_text('{"eos_token_id": [273, 274]}')
+        self.assertEqual(meta(self.accept()[0], "config")["eos_token_id"], [270, 273, 274])
+
+    def test_adapted(self):
+        self.write()
+        pop = {"policy": "pop", "k": None, "bos": True}
+        self.rewrite("config.json", {"speed_adapted": [{"policy": "speed", "k": 1}, pop]})
+        self.assertEqual(meta(self.accept()[0], "config")["adapted"], [{"policy": "speed", "k": 1, "bos": True}, pop])
+        for wrong in ({"policy": "sped"}, {"policy": "speed", "k": 3}, {"policy": "speed", "k": 0}, "speed"):
+            self.rewrite("config.json", {"speed_adapted": [wrong]})
+            self.refuse("speed_adapted")
+
+    def shard(self):
+        file = export_weights.Safetensors(self.checkpoint / "model.safetensors")
+        names = list(file.tensors)
+        where = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(names)}
+        for shard in set(where.values()):
+            random_models.write_safetensors(self.checkpoint / shard,
+                                            {name: file.array(name) for name in names if where[name] == shard})
+        (self.checkpoint / "model.safetensors").unlink()
+        (self.checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        return where
+
+    def test_shards(self):
+        self.write()
+        self.accept()
+        whole = self.out.read_bytes()
+        self.shard()
+        self.accept()
+        self.assertEqual(self.out.read_bytes(), whole)
+        (self.checkpoint / "model.safetensors.index.json").unlink()
+        self.accept()
+        self.assertEqual(self.out.read_bytes(), whole)
+        self.out.unlink()
+
+    def test_broken_shards(self):
+        self.write()
+        where = self.shard()
+        index = self.checkpoint / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {**where, "model.norm.weight": "../x.safetensors"}}))
+        self.refuse("weight_map")
+        index.write_text(json.dumps({"weight_map": {**where, "model.norm.weight": "absent.safetensors"}}))
+        self.refuse("absent.safetensors: no such file")
+        index.write_text(json.dumps({"weight_map": {**where, "model.more.weight": where["model.norm.weight"]}}))
+        self.refuse("model.more.weight is not in")
+        index.unlink()
+        random_models.write_safetensors(self.checkpoint / "more.safetensors",
+                                        {"model.norm.weight": np.ones(24, np.float32)})
+        self.refuse("in two files", 2)
+
+    def test_tied_head(self):
+        self.write(dict(SMALL, tie_word_embeddings=True))
+        self.assertNotIn("lm_head.weight", self.accept()[0].tensors)
+        tensors = random_models.random_tensors(random_models.base_config(dict(SMALL, tie_word_embeddings=True)), 5)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        random_models.write_safetensors(self.checkpoint / "model.safetensors", tensors)
+        self.assertNotIn("lm_head.weight", self.accept()[0].tensors)
+        self.out.unlink()
+        tensors["lm_head.weight"] = 2 * tensors["lm_head.weight"]
+        random_models.write_safetensors(self.checkpoint / "model.safetensors", tensors)
+        self.refuse("tie_word_embeddings")
+
+    def test_rotary_buffers_of_old_checkpoints_are_left_out(self):
+        self.write()
+        tensors = random_models.random_tensors(random_models.base_config(SMALL), 5)
+        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+        random_models.write_safetensors(self.checkpoint / "model.safetensors", tensors)
+        self.accept()
+
+    def test_tokenizer_tensors(self):
+        self.write()
+        file, _ = self.accept()
+        offsets, data = file.array("tokenizer.offsets"), file.array("tokenizer.bytes").tobytes()
+        words = [data[offsets[i]:offsets[i + 1]] for i in range(275)]
+        self.assertEqual(words[:256], [bytes([i]) for i in range(256)])
+        self.assertEqual(words[256:258] + words[268:271],
+                         [b"th", b"the", b" and", b"<|begin_of_text|>", b"<|end_of_text|>"])
+        self.assertEqual(words[274:], [b""])
+        merges = file.array("tokenizer.merges")
+        self.assertEqual(merges.shape, (13, 3))
+        for left, right, merged in merges:
+            self.assertEqual(words[left] + words[right], words[merged])
+        self.assertEqual(meta(file, "tokenizer"), {
+            "split": [export_weights.LLAMA3_SPLIT], "ignore_merges": True,
+            "special": [[269 + i, text] for i, text in enumerate(random_models.SPECIAL)]})
+
+    def test_tokenizer_only(self):
+        self.write()
+        (self.checkpoint / "model.safetensors").unlink()
+        file, _ = self.accept("--tokenizer-only")
+        self.assertEqual(set(file.tensors), {"tokenizer.bytes", "tokenizer.offsets", "tokenizer.merges"})
+        self.assertEqual(meta(file, "config"), {"name": "model", "vocab_size": 275, "bos_token_id": 269,
+                                                "eos_token_id": [270, 273], "tokenizer_only": True})
+        (self.checkpoint / "config.json").unlink()
+        file, _ = self.accept("--tokenizer-only")
+        self.assertEqual(meta(file, "config"), {"name": "model", "vocab_size": 274, "bos_token_id": 269,
+                                                "eos_token_id": [270], "tokenizer_only": True})
+
+
+class Rounding(unittest.TestCase):
+    def test_nearest_even(self):
+        rng = np.random.default_rng(1)
+        x = rng.standard_normal(20000) * 10.0 ** rng.integers(-30, 30, 20000)
+        ties = (rng.integers(0, 0x7F00, 5000, np.uint32) << 16 | 0x8000).view(np.float32)
+        x = np.concatenate([x, [0.0, -0.0, 1e-40, -1e-45, 3.3e38, 2 ** -126], ties]).astype(np.float32)
+        rounded = export_weights.Rounding()(x, "x")
+        below = (x.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64)
+        above = ((x.view(np.uint32) & 0xFFFF0000) + np.uint32(0x10000)).view(np.float32).astype(np.float64)
+        value = (rounded.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        to_below, to_above = abs(x - below), abs(above - x)
+        even = (x.view(np.uint32) >> 16) % 2 == 0
+        expected = np.where((to_below < to_above) | ((to_below == to_above) & even), below, above)
+        np.testing.assert_array_equal(value, expected)
+
+    def test_account(self):
+        rounding = export_weights.Rounding()
+        rounding(np.array([1, 2, 1 + 2 ** -9, 4], np.float32), "x")
+        self.assertEqual((rounding.values, rounding.changed), (4, 1))
+        self.assertAlmostEqual(rounding.error2, 2.0 ** -18)
+        self.assertIn("25.0 %", str(rounding))
+        self.assertIn("nothing changed", str(export_weights.Rounding()))
+
+    def test_what_bf16_cannot_hold(self):
+        for x in (np.array([np.nan], np.float32), np.array([np.inf], np.float16), np.array([3.4e38], np.float32),
+                  np.array([0x7F80], np.uint16), np.array([0xFFC0], np.uint16)):
+            with self.assertRaisesRegex(export_weights.Failure, "some.weight"):
+                export_weights.Rounding()(x, "some.weight")
+
+
+class SwiftKV(Case):
+    def test_with_and_without_original_projections(self):
+        for originals in (True, False):
+            self.write(dict(SWIFTKV, original_projections=originals))
+            file, out = self.accept()
+            self.assertEqual(meta(file, "config")["swiftkv"], {
+                "num_key_value_layers": 2, "key_value_group_size": 2, "original_projections": originals})
+            self.assertEqual(meta(file, "config")["adapted"], [{"policy": "swiftkv", "k": 2, "bos": True}])
+            leaders = [i for i in range(5) if f"model.layers.{i}.self_attn.k_proj_swiftkv.weight" in file.tensors]
+            self.assertEqual(leaders, [2, 4])
+            self.assertEqual("model.layers.3.self_attn.k_proj.weight" in file.tensors, originals)
+            self.assertIn("SwiftKV", out)
+
+    def test_published_spellings(self):
+        self.write(SWIFTKV)
+        self.rewrite("config.json", {"swiftkv": True, "model_type": "llama_swiftkv",
+                                     "architectures": ["LlamaSwiftKVForCausalLM"]})
+        self.accept()
+        # null: all layers have keys and values of their own; the norm is then a leftover
+        self.write()
+        self.rewrite("config.json", {"swiftkv": False, "num_key_value_layers": None, "key_value_group_size": None})
+        tensors = random_models.random_tensors(random_models.base_config(SMALL), 5)
+        tensors["model.norm_swiftkv.weight"] = np.ones(24, np.float32)
+        random_models.write_safetensors(self.checkpoint / "model.safetensors", tensors)
+        self.assertIsNone(meta(self.accept()[0], "config")["swiftkv"])
+
+    def test_incomplete(self):
+        self.write(SWIFTKV)
+        tensors = random_models.random_tensors(random_models.base_config(SWIFTKV), 5)
+        for name in ("model.layers.3.self_attn.k_proj.weight", "model.norm_swiftkv.weight",
+                     "model.layers.4.self_attn.v_proj_swiftkv.weight",
+                     "model.layers.3.self_attn.q_proj_swiftkv.weight"):
+            random_models.write_safetensors(self.checkpoint / "model.safetensors",
+                                            {n: x for n, x in tensors.items() if n != name})
+            self.refuse(f"{name}: missing")
+        tensors["model.layers.3.self_attn.k_proj_swiftkv.weight"] = np.ones((8, 24), np.float32)
+        random_models.write_safetensors(self.checkpoint / "model.safetensors", tensors)
+        self.refuse("model.layers.3.self_attn.k_proj_swiftkv.weight")
+        for key, value in (("num_key_value_layers", 0), ("num_key_value_layers", 6), ("key_value_group_size", 0)):
+            self.write(SWIFTKV)
+            self.rewrite("config.json", {key: value})
+            self.refuse(key)
+
+
+class Refusals(Case):
+    def test_features_of_the_config(self):
+        for changes, word in (
+                ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+                ({"sliding_window": 4096}, "sliding_window"), ({"hidden_act": "gelu"}, "'gelu'"),
+                ({"model_type": "mistral"}, "'mistral'"),
+                ({"architectures": ["LlamaForSequenceClassification"]}, "Sequence"),
+                ({"quantization_config": {"bits": 4}}, "quantization_config"),
+                ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+                ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+                ({"partial_rotary_factor": 0.5}, "partial"), ({"rope_interleaved": True}, "interleaved"),
+                ({"bos_token_id": [1, 2]}, "several BoS")):
+            self.write()
+            self.rewrite("config.json", changes)
+            self.refuse(word)
+
+    def test_numbers_of_the_config(self):
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+                    "intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+                    "rope_scaling.factor", "rope_scaling.low_freq_factor",
+                    "rope_scaling.original_max_position_embeddings"):
+            for value in (0, -1, 1e300, 10 ** 30, "7", [], True):
+                self.write()
+                self.rewrite("config.json", {key: value})
+                self.refuse(key.split(".")[-1])
+        for key, value, word in (
+                ("head_dim", 3, "even"), ("num_key_value_heads", 4, "divide"), ("eos_token_id", 275, "eos"),
+                ("bos_token_id", -1, "bos"), ("eos_token_id", [1.5], "eos"), ("hidden_size", 25, "expected"),
+                ("rope_scaling.high_freq_factor", 1.0, "low_freq_factor"), ("rope_scaling", 8, "rope_scaling")):
+            self.write()
+            self.rewrite("config.json", {key: value})
+            self.refuse(word)
+        self.rewrite("config.json", {"hidden_size": 25, "head_dim": DROP})
+        self.refuse("multiple")
+
+    def test_config_is_not_json(self):
+        self.write()
+        for text, word in ((b'{"hidden_size": NaN}', "NaN"), (b'{"a": 1, "a": 2}', "twice"), (b"[" * 100000, "deep"),
+                           (b"[]", "object"), (b"\xff{}", "JSON"), (b"", "JSON"), (b'{"a": Infinity}', "Infinity"),
+                           (b'{"a":' * 100000, "deep"), (b'{"a": ' + b"9" * 10000 + b"}", "JSON")):
+            (self.checkpoint / "config.json").write_bytes(text)
+            self.refuse(word)
+
+    def test_tensors(self):
+        self.write()
+        tensors = random_models.random_tensors(random_models.base_config(SMALL), 5)
+
+        def rewritten(**changes):
+            new = {**tensors, **{k.replace("__", "."): v for k, v in changes.items()}}
+            random_models.write_safetensors(self.checkpoint / "model.safetensors",
+                                            {n: x for n, x in new.items() if x is not None})
+
+        rewritten(model__layers__1__mlp__up_proj__weight=None)
+        self.refuse("model.layers.1.mlp.up_proj.weight: missing")
+        rewritten(model__layers__0__self_attn__q_proj__bias=np.ones(24, np.float32))
+        self.refuse("model.layers.0.self_attn.q_proj.bias")
+        rewritten(model__norm__weight=np.ones(23, np.float32))
+        self.refuse("model.norm.weight: expected the shape [24] by the config, got [23]")
+        for bad in (np.nan, np.inf):
+            x = tensors["model.layers.1.mlp.down_proj.weight"].copy()
+            x[3, 4] = bad
+            rewritten(model__layers__1__mlp__down_proj__weight=x)
+            self.refuse("model.layers.1.mlp.down_proj.weight: holds NaN")
+
+    def test_features_of_the_tokenizer(self):
+        clean = random_models.tokenizer_json()
+        bert = {"type": "BertPreTokenizer"}
+        for changes, word in (
+                ({"model.type": "Unigram"}, "'Unigram'"), ({"model.merges": DROP}, "'BPE'"),
+                ({"model.dropout": 0.1}, "dropout"), ({"model.byte_fallback": True}, "byte_fallback"),
+                ({"model.end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
+                ({"normalizer": {"type": "NFC"}}, "'NFC'"),
+                ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}}, "'Lowercase'"),
+                ({"pre_tokenizer": None}, "ByteLevel"), ({"pre_tokenizer": bert}, "'BertPreTokenizer'"),
+                ({"pre_tokenizer.pretokenizers.0": bert}, "'BertPreTokenizer'"),
+                ({"pre_tokenizer.pretokenizers.0.behavior": "Removed"}, "'Split'"),
+                ({"pre_tokenizer.pretokenizers.0.invert": True}, "'Split'"),
+                ({"pre_tokenizer.pretokenizers.0.pattern": {"String": " "}}, "'Split'"),
+                ({"pre_tokenizer.pretokenizers.1.add_prefix_space": True}, "'ByteLevel'"),
+                ({"pre_tokenizer.pretokenizers": [clean["decoder"], bert]}, "'ByteLevel'"),
+                ({"decoder": {"type": "WordPiece"}}, "'WordPiece'"),
+                ({"post_processor": {"type": "BertProcessing"}}, "'BertProcessing'"),
+                ({"post_processor": {"type": "TemplateProcessing", "single": [
+                    {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}]}}, "'TemplateProcessing'"),
+                ({"added_tokens.0.lstrip": True}, "lstrip"), ({"added_tokens.0.rstrip": True}, "rstrip"),
+                ({"added_tokens.0.single_word": True}, "single_word"), ({"added_tokens.0.id": 5}, "clash"),
+                ({"added_tokens.1.id": 269}, "clash"), ({"added_tokens.0.id": 300}, "vocab_size"),
+                ({"added_tokens.1.content": "<|begin_of_text|><|", "added_tokens.1.normalized": True}, "normalized"),
+                ({"added_tokens.0.content": ""}, "added token"), ({"added_tokens.0.id": "5"}, "added token"),
+                ({"model.vocab": []}, "list"), ({"added_tokens": 3}, "int"),
+                ({"model.vocab.the": 256}, "share it"), ({"model.vocab.the": -1}, "vocab"),
+                ({"model.vocab.the": 1.5}, "vocab"), ({"model.merges.3": "a"}, "merge 3"),
+                ({"model.merges.3": ["a", 1]}, "1"), ({"model.merges.3": "q z"}, "'qz'"),
+                ({"model.merges.3": "t h"}, "twice"), ({"model.merges": 1}, "int"),
+                ({"model.unk_token": "?", "model.vocab.Ā": DROP}, "unk_token")):
+            self.write()
+            (self.checkpoint / "tokenizer.json").write_text(json.dumps(change(clean, changes)))
+            with self.subTest(changes=str(changes)):
+                self.refuse(word)
+
+    def test_what_the_tokenizer_may_have(self):
+        digits = {"type": "Digits", "individual_digits": True}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        for changes, split in (
+                ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}},
+                 [export_weights.DIGIT, export_weights.GPT2_SPLIT]),
+                ({"pre_tokenizer": byte_level}, [export_weights.GPT2_SPLIT]),
+                ({"normalizer": {"type": "Sequence", "normalizers": []}}, [export_weights.LLAMA3_SPLIT]),
+                ({"model.merges": [m.split(" ") for m in random_models.MERGES]}, [export_weights.LLAMA3_SPLIT]),
+                ({"added_tokens.0.special": False, "added_tokens.0.normalized": True}, [export_weights.LLAMA3_SPLIT]),
+                ({"post_processor": {"type": "TemplateProcessing", "single": [
+                    {"SpecialToken": {"id": "<|begin_of_text|>"}}, {"Sequence": {"id": "A"}}]}},
+                 [export_weights.LLAMA3_SPLIT])):
+            self.write()
+            self.rewrite("tokenizer.json", changes)
+            self.assertEqual(meta(self.accept()[0], "tokenizer")["split"], split)
+
+    def test_command_line(self):
+        self.write()
+        self.refuse("required", 2, ())
+        self.refuse("--what", 2, (self.checkpoint, self.out, "--what"))
+        self.refuse("no such file or folder", 2, (self.folder / "absent", self.out))
+        self.refuse("out.safetensors", 2, (self.checkpoint, self.folder / "absent" / "out.safetensors"))
+        self.refuse("existing folder", 2, (self.checkpoint, self.folder))
+        self.refuse("overwrite", 2, (self.checkpoint, self.checkpoint / "model.safetensors"))
+        self.refuse(".gguf", 2, (self.checkpoint / "config.json", self.out))
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            self.write()
+            (self.checkpoint / name).unlink()
+            self.refuse("safetensors" if name.startswith("model") else name, 2)
+        code, out, err = export("--help")
+        self.assertEqual((code, err), (0, ""))
+        self.assertIn("--tokenizer-only", out)
+
+
+class HostileSafetensors(Case):
+    def test_truncated_anywhere(self):
+        self.write()
+        path = self.checkpoint / "model.safetensors"
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        for size in [*range(0, start, 17), *range(start - 3, start + 40), len(whole) - 1]:
+            path.write_bytes(whole[:size])
+            self.refuse("model.safetensors")
+        path.write_bytes(whole + b"\0")
+        self.refuse("the tensors end at byte")
+        path.write_bytes((1 << 63).to_bytes(8, "little") + whole[8:])
+        self.refuse("header says")
+
+    def test_header(self):
+        self.write()
+        path = self.checkpoint / "model.safetensors"
+        whole = path.read_bytes()
+        length = int.from_bytes(whole[:8], "little")
+        header, data = json.loads(whole[8:8 + length]), whole[8 + length:]
+        first, second = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
+        (a, b), (c, d) = header[first]["data_offsets"], header[second]["data_offsets"]
+        for changes, word in (
+                ({(second, "data_offsets"): [c - 4, d - 4]}, "overlap"),
+                ({(second, "data_offsets"): [c + 4, d + 4]}, "gap"),
+                ({(second, "data_offsets"): [c, d + 4]}, "needs 96 bytes, got 100"),
+                ({(second, "data_offsets"): [d, c]}, "needs 96 bytes, got -96"),
+                ({(second, "data_offsets"): [len(data), len(data) + 96]}, "gap"),
+                ({(second, "data_offsets"): [-96, 0]}, "data_offsets"),
+                ({(second, "data_offsets"): [c]}, "data_offsets"),
+                ({(second, "data_offsets"): [c, 1.5]}, "data_offsets"), ({(second, "shape"): [25]}, "needs 100 bytes"),
+                ({(second, "shape"): [-24]}, "shape"), ({(second, "shape"): [2 ** 70]}, "shape"),
+                ({(second, "shape"): "24"}, "shape"), ({(second, "shape"): [2 ** 61, 2 ** 61]}, "needs"),
+                ({(second, "dtype"): "F16"}, "needs 48 bytes"), ({(second, "dtype"): "I64"}, "I64"),
+                ({(second, "dtype"): None}, "None"), ({(second, "dtype"): ["F32"]}, "F32"),
+                ({(second,): 7}, "expected the keys"),
+                ({("__metadata__",): {"a": 1}}, "__metadata__"), ({("__metadata__",): []}, "__metadata__")):
+            new = copy.deepcopy(header)
+            for keys, value in changes.items():
+                at = new
+                for key in keys[:-1]:
+                    at = at[key]
+                at[keys[-1]] = value
+            text = json.dumps(new).encode()
+            path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+            with self.subTest(word=word, changes=str(changes)):
+                self.refuse(word)
+        for text in (b"[]", b"{", b"", b"\xff", b'{"a": {}, "a": {}}', b'{"a":' * 50000 + b"1" + b"}" * 50000,
+                     b"[" * 10 ** 6):
+            path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+            self.refuse("model.safetensors: header")
+
+    def test_random_damage_never_shows_a_trace(self):
+        self.write()
+        path = self.checkpoint / "model.safetensors"
+        whole = path.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        rng = np.random.default_rng(2)
+        refused = 0
+        for _ in range(300):
+            damaged = bytearray(whole)
+            for at in rng.integers(0, start, rng.integers(1, 4)):
+                damaged[at] = rng.integers(0, 256)
+            path.write_bytes(damaged)
+            code, out, err = export(self.checkpoint, self.out)
+            self.assertIn(code, (0, 1))
+            if code:
+                refused += 1
+                self.assertRegex(err, r"\Aexport_weights\.py: [^\n]+\n\Z")
+                self.assertFalse(self.out.exists())
+            else:
+                self.out.unlink()
+        self.assertGreater(refused, 200)
+
+    def test_random_damage_to_the_json_files(self):
+        rng = np.random.default_rng(3)
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            self.write()
+            tree = json.loads((self.checkpoint / name).read_text())
+
+            def places(node, path=()):
+                items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+                for key, value in items:
+                    yield (*path, key)
+                    yield from places(value, (*path, key))
+
+            spots = list(places(tree))
+            for spot in [spots[i] for i in rng.permutation(len(spots))[:60]]:
+                for wrong in (None, -1, "x", [], {}, 1e9, [None], {"a": None}):
+                    new = copy.deepcopy(tree)
+                    at = new
+                    for key in spot[:-1]:
+                        at = at[key]
+                    at[spot[-1]] = wrong
+                    (self.checkpoint / name).write_text(json.dumps(new))
+                    code, out, err = export(self.checkpoint, self.out, "--tokenizer-only")
+                    self.assertIn(code, (0, 1, 2))
+                    if code:
+                        self.assertRegex(err, r"\Aexport_weights\.py: [^\n]+\n\Z", f"{spot} {wrong}")
+                        self.assertFalse(self.out.exists())
+                    else:
+                        self.out.unlink()
+
+
+class NoHalfWrittenFile(Case):
+    def test_interrupted(self):
+        self.write()
+        self.out.write_bytes(b"older")
+        with mock.patch.object(export_weights, "weight_chunks", side_effect=KeyboardInterrupt):
+            self.assertEqual(export(self.checkpoint, self.out)[0], 130)
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["model", "out.safetensors"])
+        self.assertEqual(self.out.read_bytes(), b"older")
+
+    def test_disk_full(self):
+        self.write()
+
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+        done = subprocess.run([sys.executable, ROOT / "export_weights.py", self.checkpoint, self.out],
+                              capture_output=True, preexec_fn=limit, text=True)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Aexport_weights\.py: [^\n]+\n\Z")
+        self.assertEqual([p.name for p in self.folder.iterdir()], ["model"])
+
+    def test_not_as_written(self):
+        self.write()
+        with mock.patch.object(export_weights.zlib, "crc32", side_effect=range(10 ** 6)):
+            self.refuse("does not read back")
+
+
+class ChatTemplates(Case):
+    """Stand-ins for the published templates: the same conversations, in other words."""
+    LLAMA31 = (
+        "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = \"26 Jul 2024\" %}{%- endif %}"
+        "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}"
+        "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = \"\" %}{%- endif %}"
+        "{{- \"<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n\" }}"
+        "{{- \"Today Date: \" + date_string + \"\\n\\n\" + system_message + \"<|eot_id|>\" }}"
+        "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+        "+ message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}")
+    CHATML = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\n' + 'Help.' + '<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+        "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+    def recognised(self, template, special=("<|im_start|>", "<|im_end|>", *random_models.SPECIAL),
+                   bos="<|begin_of_text|>"):
+        tokenizer = export_weights.Tokenizer({}, [], dict(enumerate(special)), [], False, template, bos, None)
+        return export_weights.recognise_chat(tokenizer)
+
+    def test_known(self):
+        self.assertEqual(self.recognised(random_models.LLAMA3_TEMPLATE)["template"], "llama-3")
+        chat = self.recognised(self.LLAMA31)
+        self.assertEqual((chat["template"], chat["system_default"], chat["date_default"]),
+                         ("llama-3.1", "", "26 Jul 2024"))
+        self.assertEqual(chat["system"][0], "<|start_header_id|>system<|end_header_id|>\n\n"
+                         "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n")
+        chat = self.recognised(self.LLAMA31.replace('"26 Jul 2024"', 'strftime_now("%d %b %Y")'))
+        self.assertEqual((chat["template"], chat["date_default"]), ("llama-3.2", "26 Jul 2024"))
+        chat = self.recognised(self.CHATML)
+        self.assertEqual((chat["template"], chat["trim"], chat["system_default"]), ("chatml", False, "Help."))
+        with_bos = "{{ bos_token }}" + self.CHATML  # without a BoS token Hugging Face renders that as nothing
+        self.assertEqual(self.recognised(with_bos, bos=None)["template"], "chatml")
+        self.assertIsNone(self.recognised(with_bos))
+        plain = self.CHATML.replace("loop.first and", "false and")
+        self.assertIsNone(self.recognised(plain)["system_default"])
+        for chat in (chat, self.recognised(self.LLAMA31)):
+            self.assertEqual(set(chat), {"template", "trim", "begin", "system", "system_default", "user", "assistant",
+                                         "date_default"})
+
+    def test_unknown(self):
+        for template in (None, "", "{{ messages }}", "{% broken", "{{ raise_exception('no') }}", "{{ 1 / 0 }}",
+                         random_models.LLAMA3_TEMPLATE.replace(".strip()", ""),
+                         self.CHATML.replace("message['content']", "message['content'] | trim"),
+                         self.LLAMA31.replace("December 2023", "December 2024"),
+                         self.LLAMA31.replace("message['content'] | trim", "message['content']"),
+                         "{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}{% endfor %}"):
+            self.assertIsNone(self.recognised(template), template)
+        self.assertIsNone(self.recognised(self.CHATML, random_models.SPECIAL))
+
+    def test_where_it_is_read_from(self):
+        self.write()
+        settings = json.loads((self.checkpoint / "tokenizer_config.json").read_text())
+        for template, name in (([{"name": "tool_use", "template": "x"}, {"name": "default", "template": self.LLAMA31}],
+                                "llama-3.1"), ([{"name": "tool_use", "template": "x"}], None), (None, None)):
+            (self.checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+            self.assertEqual((meta(self.accept()[0], "chat") or {"template": None})["template"], name)
+        (self.checkpoint / "chat_template.jinja").write_text(random_models.LLAMA3_TEMPLATE)
+        self.assertEqual(meta(self.accept()[0], "chat")["template"], "llama-3")
+        self.out.unlink()
+        (self.checkpoint / "chat_template.jinja").unlink()
+        (self.checkpoint / "tokenizer_config.json").write_text('{"chat_template": 7}')
+        self.refuse("chat_template")
+
+
+@unittest.skipUnless(gguf, "the gguf package is not installed")
+class Gguf(Case):
+    NAMES = {ours: theirs for theirs, ours in {**export_weights.GGUF_LAYER, **export_weights.GGUF_OTHER}.items()}
+
+    def write_gguf(self, metadata=None, tensors=None, kind=None, pre="llama-bpe", seed=5, extra=None):
+        """The GGUF file that llama.cpp's converter would make of the checkpoint `write` makes."""
+        self.checkpoint = self.folder / "model.gguf"
+        config = random_models.base_config(dict(SMALL, rope_scaling=None))
+        tensors = tensors or random_models.random_tensors(config, seed)
+        words = random_models.tokenizer_json()
+        writer = gguf.GGUFWriter(self.checkpoint, "llama")
+        values = {"llama.block_count": 2, "llama.context_length": 512, "llama.embedding_length": 24,
+                  "llama.feed_forward_length": 19, "llama.attention.head_count": 6, "llama.attention.head_count_kv": 2,
+                  "llama.attention.key_length": 4, "llama.attention.value_length": 4, "llama.rope.dimension_count": 4,
+                  "llama.rope.freq_base": 500000.0, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+                  "llama.vocab_size": 275, "tokenizer.ggml.bos_token_id": 269, "tokenizer.ggml.eos_token_id": 270,
+                  "tokenizer.ggml.eot_token_id": 273, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
+                  "tokenizer.chat_template": random_models.LLAMA3_TEMPLATE, **(metadata or {})}
+        for key, value in values.items():
+            if value is DROP:
+                continue
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](key, value)
+        tokens = [*words["model"]["vocab"], *random_models.SPECIAL, "[PAD274]"]
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * 269 + [3] * 5 + [5])
+        writer.add_token_merges(random_models.MERGES)
+        for name, x in {**tensors, **(extra or {})}.items():
+            parts = name.split(".")
+            if name not in (extra or {}):
+                name = f"blk.{parts[2]}.{self.NAMES['.'.join(parts[3:-1])]}.weight" if parts[1] == "layers" else \
+                    self.NAMES[".".join(parts[:-1])] + ".weight"
+            for projection, heads in (("q_proj", 6), ("k_proj", 2)):
+                if projection in parts:  # llama.cpp's LlamaModel.permute
+                    x = x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+            if kind and x.ndim == 2 and x.shape[1] % 32 == 0:
+                writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(x), kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(name, np.ascontiguousarray(x))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def test_same_as_the_folder(self):
+        self.write(dict(SMALL, rope_scaling=None))
+        folder, _ = self.accept()
+        folder = {n: folder.array(n).copy() for n in folder.tensors}, dict(folder.metadata)
+        self.write_gguf()
+        file, _ = self.accept()
+        self.assertEqual(set(file.tensors), set(folder[0]))
+        for name, x in folder[0].items():
+            np.testing.assert_array_equal(file.array(name), x, name)
+        for key in ("format", "tokenizer", "chat"):
+            self.assertEqual(json.loads(f'[{json.dumps(file.metadata[key])}]'), [folder[1][key]])
+        ours, theirs = meta(file, "config"), json.loads(folder[1]["config"])
+        self.assertAlmostEqual(ours.pop("rms_norm_eps"), theirs.pop("rms_norm_eps"), places=9)
+        self.assertEqual(ours, theirs)
+
+    def test_frequency_divisors(self):
+        self.write_gguf(extra={"rope_freqs.weight": np.array([1, 8], np.float32)})
+        file, _ = self.accept()
+        self.assertEqual(file.tensors["rope.freq_divisors"][:2], ("F32", (2,)))
+        self.assertEqual(file.array("rope.freq_divisors").tolist(), [1, 8])
+        self.out.unlink()
+        for bad in ([1, 0], [1, np.nan], [1, 2, 3]):
+            self.write_gguf(extra={"rope_freqs.weight": np.array(bad, np.float32)})
+            self.refuse("rope_freqs.weight")
+
+    def test_quantised_blocks(self):
+        spec = dict(SMALL, rope_scaling=None, hidden_size=36, intermediate_size=64)
+        tensors = random_models.random_tensors(random_models.base_config(spec), 5)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        self.write_gguf({"llama.embedding_length": 36, "llama.feed_forward_length": 64}, tensors, kind)
+        name = "model.layers.0.mlp.down_proj.weight"
+        got = (self.accept()[0].array(name).astype(np.uint32) << 16).view(np.float32)
+        step = np.abs(tensors[name]).reshape(36, 2, 32).max(-1) / 127
+        error = np.abs(got - tensors[name]).reshape(36, 2, 32)
+        self.assertTrue(np.all(error <= 0.51 * step[..., None] + 2 ** -8 * np.abs(got).max()))
+        self.assertFalse(np.array_equal(got, tensors[name]))
+
+    def test_tied(self):
+        tensors = random_models.random_tensors(random_models.base_config(dict(SMALL, tie_word_embeddings=True)), 5)
+        self.write_gguf(tensors=tensors)
+        self.assertTrue(meta(self.accept()[0], "config")["tie_word_embeddings"])
+
+    def test_split_patterns(self):
+        for pre, (split, ignore_merges) in export_weights.GGUF_SPLIT.items():
+            self.write_gguf(pre=pre)
+            self.assertEqual({"split": split, "ignore_merges": ignore_merges},
+                             {k: v for k, v in meta(self.accept()[0], "tokenizer").items() if k != "special"})
+
+    def test_refused_by_name(self):
+        for metadata, word in (
+                ({"tokenizer.ggml.pre": "qwen2"}, "'qwen2'"), ({"tokenizer.ggml.pre": DROP}, "pre-tokenizer None"),
+                ({"tokenizer.ggml.model": "llama"}, "'llama'"),
+                ({"tokenizer.ggml.add_space_prefix": True}, "add_space_prefix"),
+                ({"llama.expert_count": 8}, "llama.expert_count"),
+                ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type"),
+                ({"llama.rope.dimension_count": 2}, "llama.rope.dimension_count"),
+                ({"llama.attention.value_length": 8}, "value_length"),
+                ({"llama.attention.sliding_window": 512}, "llama.attention.sliding_window"),
+                ({"llama.block_count": DROP}, "llama.block_count"), ({"llama.block_count": "2"}, "llama.block_count"),
+                ({"llama.block_count": 3}, "missing"), ({"llama.attention.head_count": 0}, "num_attention_heads"),
+                ({"split.count": 2}, "parts"), ({"llama.vocab_size": 274}, "[274, 24] by the config, got [275, 24]")):
+            self.write_gguf(metadata)
+            with self.subTest(metadata=str(metadata)):
+                self.refuse(word)
+        self.write_gguf(extra={"blk.0.attn_q.bias": np.ones(24, np.float32)})
+        self.refuse("blk.0.attn_q.bias")
+
+    def test_truncated(self):
+        self.write_gguf()
+        whole = self.checkpoint.read_bytes()
+        for size in [0, 3, 8, 24, 30, 100, 1000, len(whole) // 2, len(whole) - 40000]:
+            self.checkpoint.write_bytes(whole[:size])
+            self.refuse("model.gguf")
+
+    def test_without_the_package(self):
+        self.write_gguf()
+        with mock.patch.dict(sys.modules, gguf=None):
+            self.refuse("pip install gguf")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,163 @@
+// Each operation of the CPU backend against its plain definition, on awkward shapes.
+//
+// Tolerance. A sum of n terms in fp32 in any order has a relative error of at most n u of the sum of magnitudes, u =
+// 2^-24, and about sqrt(n) u for random signs. With n up to 1,000 that is 2e-6; 1e-5 leaves a factor for the norm of a
+// result that is smaller than its terms. The definitions sum in double, so all of the error is the fast version's.
+#include "helpers.h"
+
+using namespace test;
+
+namespace {
+constexpr double tolerance = 1e-5;
+}
+
+TEST_CASE("matmul", "[ops]") {
+  Cpu cpu;
+  Random random(1);
+  for (auto [n, in, out] : {std::array<size_t, 3>{1, 1, 1},
+                            {1, 577, 300},
+                            {2, 64, 5},
+                            {3, 33, 257},
+                            {7, 100, 256},
+                            {65, 129, 513},
+                            {130, 1000, 70}})
+    for (bool add : {false, true}) {
+      INFO(n << " x " << in << " x " << out << (add ? " added" : ""));
+      const auto x = random.normal(n * in), start = random.normal(n * out);
+      const auto w = random.weights(out * in, 0.5f);
+      auto y = start, ref = start;
+      cpu.matmul(y.data(), x.data(), w.data(), n, in, out, add);
+      definition::matmul(ref.data(), x.data(), w.data(), n, in, out, add);
+      CHECK(worst_row(y, ref, out) < tolerance);
+      auto wrong = w;
+      wrong[(out - 1) * in].bits ^= 0x8000;
+      cpu.matmul(y.data(), x.data(), wrong.data(), n, in, out, false);
+      CHECK(worst_row(y, ref, out) > tolerance);
+    }
+}
+
+TEST_CASE("rmsnorm", "[ops]") {
+  Cpu cpu;
+  Random random(2);
+  for (auto [n, d] : {std::array<size_t, 2>{1, 1}, {1, 576}, {5, 33}, {70, 1000}}) {
+    const auto x = random.normal(n * d);
+    const auto w = random.weights(d, 1);
+    std::vector<float> y(n * d), ref(n * d);
+    cpu.rmsnorm(y.data(), x.data(), w.data(), n, d, 1e-5f);
+    definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-5f);
+    CHECK(worst_row(y, ref, d) < tolerance);
+    definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-2f);
+    CHECK(worst_row(y, ref, d) > tolerance);
+  }
+}
+
+TEST_CASE("attention", "[ops]") {
+  Cpu cpu;
+  Random random(3);
+  struct Case {
+    size_t n, seen, heads, kv_heads, head_dim;
+  };
+  for (const Case& c : {Case{1, 1, 1, 1, 2},
+                        {1, 1000, 9, 3, 64},
+                        {1, 257, 8, 1, 32},
+                        {2, 1, 2, 2, 8},
+                        {63, 1, 3, 1, 16},
+                        {64, 256, 4, 4, 8},
+                        {65, 193, 6, 2, 64},
+                        {130, 700, 4, 1, 128},
+                        {300, 1, 2, 1, 8}}) {
+    INFO(c.n << " rows, first sees " << c.seen << ", heads " << c.heads << "/" << c.kv_heads << " x " << c.head_dim);
+    const size_t slots = c.seen + c.n - 1, capacity = slots + 3;
+    auto q = random.normal(c.n * c.heads * c.head_dim);
+    for (float& x : q) x *= 3;  // sharp enough that a wrong slot shows
+    auto k = random.normal(c.kv_heads * capacity * c.head_dim), v = random.normal(c.kv_heads * capacity * c.head_dim);
+    for (size_t h = 0; h < c.kv_heads; ++h)  // what lies past the last slot is never read
+      for (size_t i = slots * c.head_dim; i < capacity * c.head_dim; ++i)
+        k[h * capacity * c.head_dim + i] = v[h * capacity * c.head_dim + i] = NAN;
+    LayerCache<float> cache{k.data(), v.data(), capacity, slots};
+    std::vector<float> o(q.size()), ref(q.size());
+    cpu.attention(o.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, c.head_dim);
+    definition::attention(ref.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, c.head_dim);
+    CHECK(worst_row(o, ref, c.head_dim) < tolerance);
+    if (c.seen == 1) continue;
+    definition::attention(ref.data(), q.data(), cache, c.n, c.seen - 1, c.heads, c.kv_heads, c.head_dim);
+    CHECK(worst_row(o, ref, c.head_dim) > tolerance);
+  }
+}
+
+TEST_CASE("swiglu, rope and exp", "[ops]") {
+  Cpu cpu;
+  Random random(4);
+  auto gate = random.normal(1003), up = random.normal(1003);
+  for (float& x : gate) x *= 20;
+  auto ref = gate;
+  cpu.swiglu(gate.data(), up.data(), gate.size());
+  definition::swiglu(ref.data(), up.data(), ref.size());
+  CHECK(relative_error(gate, ref) < 1e-6);
+  for (float x = -87; x < 88; x += 0.0137f) REQUIRE(Cpu::exp(x) == Approx(std::exp(double(x))).epsilon(3e-7));
+  CHECK(std::isnan(Cpu::exp(NAN)));
+  CHECK(Cpu::exp(-INFINITY) < 1e-37f);
+
+  // A rotation keeps the length of each pair, and turning by a + b is turning by a, then by b.
+  const size_t n = 5, heads = 3, e = 16;
+  auto x = random.normal(n * heads * e), twice = x;
+  std::vector<float> f(e / 2), cos(n * e / 2), sin(n * e / 2);
+  for (size_t i = 0; i < f.size(); ++i) f[i] = 1.0f / float(i + 1);
+  auto turn = [&](std::vector<float>& y, std::vector<int> positions) {
+    cpu.rope_angles(cos.data(), sin.data(), f.data(), positions.data(), n, e / 2);
+    cpu.rope(y.data(), cos.data(), sin.data(), n, heads, e);
+  };
+  const auto before = x;
+  turn(x, {0, 3, 10, 100, 7});
+  turn(twice, {0, 1, 4, 60, 7});
+  turn(twice, {0, 2, 6, 40, 0});
+  CHECK(relative_error(x, twice) < tolerance);
+  CHECK(relative_error(x, before) > 0.1);
+  CHECK(same_bits(std::span(x).first(heads * e), std::span(before).first(heads * e)));
+}
+
+TEST_CASE("results do not depend on the number of threads", "[ops]") {
+  Random random(5);
+  const size_t n = 70, in = 300, out = 700;
+  const auto x = random.normal(n * in);
+  const auto w = random.weights(out * in, 1);
+  std::vector<float> one(n * out), two(n * out);
+  const int before = omp_get_max_threads();
+  Cpu cpu(1);
+  cpu.matmul(one.data(), x.data(), w.data(), n, in, out);
+  Cpu more(3);
+  more.matmul(two.data(), x.data(), w.data(), n, in, out);
+  omp_set_num_threads(before);
+  CHECK(same_bits(one, two));
+}
+
+TEST_CASE("sampling", "[ops]") {
+  const std::vector<float> logits = {1, 5, 3, 5, -2, 4};
+  auto draws = [&](Sampling s) {
+    Sampler sampler(s);
+    std::vector<int> count(logits.size());
+    for (int i = 0; i < 20000; ++i) ++count[sampler(logits.data(), logits.size())];
+    return count;
+  };
+  CHECK(draws({})[1] == 20000);  // greedy, the first of equals
+  const auto free = draws({.temperature = 1, .seed = 7});
+  double all = 0;
+  for (float l : logits) all += std::exp(double(l));
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const double p = std::exp(double(logits[i])) / all;
+    CHECK(std::abs(free[i] - 20000 * p) <= 5 * std::sqrt(20000 * p * (1 - p)) + 1);  // five standard deviations
+  }
+  CHECK(draws({.temperature = 1, .seed = 7}) == free);
+  CHECK(draws({.temperature = 1, .seed = 8}) != free);
+  auto only = [](const std::vector<int>& c, std::vector<int> ids) {
+    for (size_t i = 0; i < c.size(); ++i)
+      if ((c[i] > 0) != (std::find(ids.begin(), ids.end(), int(i)) != ids.end())) return false;
+    return true;
+  };
+  CHECK(only(draws({.temperature = 1, .top_k = 3}), {1, 3, 5}));
+  CHECK(only(draws({.temperature = 5, .top_p = 0.7f}), {1, 3}));  // by the probabilities at temperature 1
+  CHECK(only(draws({.temperature = 5, .min_p = 0.2f}), {1, 3, 5}));
+  auto bad = logits;
+  bad[4] = NAN;
+  CHECK_THROWS_AS(arg_max(bad.data(), bad.size()), Error);
+}

@@ -1,0 +1,563 @@
+// test_tokenizer.cpp - tokenizer.h and chat.h on small hand-made vocabularies, hostile ones included, and on SmolLM2's
+// own where the cache folder has it. That ids equal Hugging Face's is tests/hf/test_tokenizer.py's part.
+#include <catch2/catch.hpp>
+#include <cstdlib>
+#include <filesystem>
+#include <functional>
+#include <random>
+
+#include "chat.h"
+#include "model.h"
+#include "tokenizer.h"
+
+using namespace speed;
+
+namespace {
+
+const char* const gpt2_split = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+const char* const llama3_split = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3})"
+                                 R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+
+// A vocabulary as a file would hold it: the 256 bytes, then whatever is added.
+struct Vocabulary {
+  std::vector<uint8_t> bytes;
+  std::vector<uint32_t> offsets{0}, merges;
+  nlohmann::json rules = {{"split", {gpt2_split}}, {"ignore_merges", false}, {"special", nlohmann::json::array()}};
+
+  Vocabulary() {
+    for (int b = 0; b < 256; ++b) add(std::string(1, char(b)));
+  }
+  uint32_t add(const std::string& token) {
+    bytes.insert(bytes.end(), token.begin(), token.end());
+    offsets.push_back(uint32_t(bytes.size()));
+    return uint32_t(size() - 1);
+  }
+  uint32_t add_special(const std::string& token) {
+    const uint32_t id = add(token);
+    rules["special"].push_back({id, token});
+    return id;
+  }
+  std::string token(uint32_t id) const { return {bytes.begin() + offsets[id], bytes.begin() + offsets[id + 1]}; }
+  uint32_t merge(uint32_t left, uint32_t right) {
+    const uint32_t id = add(token(left) + token(right));
+    merges.insert(merges.end(), {left, right, id});
+    return id;
+  }
+  size_t size() const { return offsets.size() - 1; }
+  Tokenizer tokenizer() const { return Tokenizer(rules.dump(), bytes, offsets, merges, size()); }
+};
+
+// Twenty merges of what is there already, the letters a to d first.
+Vocabulary random_vocabulary(std::mt19937& random) {
+  Vocabulary v;
+  std::vector<uint32_t> parts = {'a', 'b', 'c', 'd'};
+  while (v.merges.size() < 60) {
+    const uint32_t left = parts[random() % parts.size()], right = parts[random() % parts.size()];
+    const std::string merged = v.token(left) + v.token(right);
+    bool there = false;
+    for (uint32_t id = 0; id < v.size(); ++id) there = there || v.token(id) == merged;
+    if (!there) parts.push_back(v.merge(left, right));
+  }
+  return v;
+}
+
+// The definition: merge the pair of lowest rank, the leftmost of equals, until no pair is left.
+std::vector<int> merged_by_definition(const Vocabulary& v, const std::string& piece, bool leftmost = true) {
+  std::vector<uint32_t> ids;
+  for (char c : piece) ids.push_back(uint8_t(c));
+  for (;;) {
+    size_t best = SIZE_MAX, at = 0;
+    for (size_t i = 0; i + 1 < ids.size(); ++i)
+      for (size_t rank = 0; rank < v.merges.size() / 3; ++rank)
+        if (v.merges[3 * rank] == ids[i] && v.merges[3 * rank + 1] == ids[i + 1])
+          if (rank < best || (rank == best && !leftmost)) best = rank, at = i;
+    if (best == SIZE_MAX) return {ids.begin(), ids.end()};
+    ids[at] = v.merges[3 * best + 2];
+    ids.erase(ids.begin() + long(at) + 1);
+  }
+}
+
+std::string utf8(char32_t c) {
+  std::string s;
+  if (c < 0x80) return {char(c)};
+  if (c < 0x800) s += char(0xC0 | c >> 6);
+  else if (c < 0x10000) s += char(0xE0 | c >> 12), s += char(0x80 | (c >> 6 & 0x3F));
+  else s += char(0xF0 | c >> 18), s += char(0x80 | (c >> 12 & 0x3F)), s += char(0x80 | (c >> 6 & 0x3F));
+  return s + char(0x80 | (c & 0x3F));
+}
+
+template <class Use>
+void for_every_character(Use&& use) {
+  for (char32_t c = 0; c < 0x110000; ++c)
+    if (c < 0xD800 || c > 0xDFFF) use(c, utf8(c));
+}
+
+bool in(std::span<const CodePoints> set, char32_t c) {
+  const auto after = std::upper_bound(set.begin(), set.end(), c, [](char32_t c, CodePoints r) { return c < r.first; });
+  return after != set.begin() && c <= std::prev(after)->last;
+}
+
+std::vector<std::string> pieces(const std::string& pattern, std::string_view text) {
+  std::vector<std::string_view> found;
+  SplitPattern(pattern).split(text, found);
+  return {found.begin(), found.end()};
+}
+
+std::string times(std::string_view s, size_t n) {
+  std::string out;
+  while (n-- > 0) out += s;
+  return out;
+}
+
+// The message of the Error that `act` must throw with exit code `code`.
+std::string error_of(const std::function<void()>& act, int code = 1) {
+  try {
+    act();
+  } catch (const Error& e) {
+    CHECK(e.code == code);
+    return e.what();
+  }
+  return "no error";
+}
+
+using Catch::Matchers::Contains;
+using Strings = std::vector<std::string>;
+using Ids = std::vector<int>;
+
+}  // namespace
+
+TEST_CASE("UTF-8 is exactly the Unicode Standard's", "[tokenizer]") {
+  for_every_character([](char32_t c, const std::string& s) {
+    if (first_invalid_utf8(s) != std::string::npos || utf8_character(s) != int(s.size())) FAIL("U+" << uint32_t(c));
+    for (size_t n = 1; n < s.size(); ++n)
+      if (utf8_character(s.substr(0, n)) != 0) FAIL("part of U+" << uint32_t(c));
+  });
+  // All strings of three bytes, and all of four that look like one character: as many are valid as there should be.
+  size_t three = 0, four = 0;
+  for (uint32_t n = 0; n < 1u << 24; ++n) {
+    const char s[] = {char(n >> 16), char(n >> 8), char(n)};
+    three += first_invalid_utf8({s, 3}) == std::string::npos;
+    const char t[] = {char(0xF0 | n >> 18), char(0x80 | (n >> 12 & 0x3F)), char(0x80 | (n >> 6 & 0x3F)),
+                      char(0x80 | (n & 0x3F))};
+    if (n < 1u << 22) four += first_invalid_utf8({t, 4}) == std::string::npos;
+  }
+  const size_t one_byte = 0x80, two_bytes = 0x800 - 0x80, three_bytes = 0x10000 - 0x800 - 0x800;
+  CHECK(three == one_byte * one_byte * one_byte + 2 * one_byte * two_bytes + three_bytes);
+  CHECK(four == 0x110000 - 0x10000);
+  CHECK(first_invalid_utf8("ab\xED\xA0\x80") == 2);  // a surrogate
+  CHECK(first_invalid_utf8("a\xC0\x80") == 1);       // an overlong NUL
+  CHECK(first_invalid_utf8("ok \xE4\xB8") == 3);     // cut short
+}
+
+TEST_CASE("a stream never shows part of a character", "[tokenizer]") {
+  const std::string text = "a\u00e9\u4f60\U0001F600\u0301z";
+  for (size_t step = 1; step <= text.size(); ++step) {
+    Utf8Stream stream;
+    std::string shown;
+    for (size_t at = 0; at < text.size(); at += step) {
+      const std::string part = stream.push(text.substr(at, step));
+      CHECK(first_invalid_utf8(part) == std::string::npos);
+      shown += part;
+    }
+    CHECK((shown + stream.flush() == text));
+  }
+  // What is no character: U+FFFD for each maximal subpart (Unicode Standard, table 3-8).
+  const std::string bad = "\x61\xF1\x80\x80\xE1\x80\xC2\x62\x80\x63\x80\xBF\x64", r = "\uFFFD";
+  Utf8Stream whole, bytewise;
+  std::string shown;
+  for (char c : bad) shown += bytewise.push(std::string(1, c));
+  CHECK(whole.push(bad) == "a" + r + r + r + "b" + r + "c" + r + r + "d");
+  CHECK(shown == "a" + r + r + r + "b" + r + "c" + r + r + "d");
+  CHECK(whole.push("\xF0\x9F\x98") == "");
+  CHECK(whole.flush() == r);
+  CHECK(whole.flush() == "");
+}
+
+TEST_CASE("patterns mean unicode.h's letters, numbers and white space, on every code point", "[tokenizer]") {
+  std::string text;
+  for_every_character([&](char32_t, const std::string& s) { text += s; });
+  const struct {
+    const char* pattern;
+    std::span<const CodePoints> set;
+    bool negated;
+  } patterns[] = {{R"(\p{L})", letters, false},     {R"(\P{L})", letters, true},     {R"([^\p{L}])", letters, true},
+                  {R"([\P{L}])", letters, true},    {R"([^\P{L}])", letters, false}, {R"(\p{N})", numbers, false},
+                  {R"([\P{N}])", numbers, true},    {R"(\s)", white_space, false},   {R"(\S)", white_space, true},
+                  {R"([^\S])", white_space, false}, {R"([\S])", white_space, true},  {R"([^\s])", white_space, true}};
+  for (const auto& p : patterns) {
+    std::vector<std::string_view> found;
+    SplitPattern(p.pattern).split(text, found);
+    size_t i = 0, wrong = 0;
+    bool joined = false;  // characters that do not match stay together
+    for_every_character([&](char32_t c, const std::string& s) {
+      const bool match = in(p.set, c) != p.negated;
+      if (i >= found.size()) return void(++wrong);
+      if (joined && match && found[i].empty()) ++i, joined = false;
+      if (i >= found.size() || !found[i].starts_with(s)) return void(++wrong);
+      if (match) wrong += found[i++] != s;
+      else joined = true, found[i].remove_prefix(s.size());
+    });
+    INFO(p.pattern);
+    CHECK(wrong == 0);
+  }
+  CHECK_FALSE(in(white_space, 0x180E));  // what PCRE2 itself gets wrong
+  CHECK(in(letters, 0x1E4D0));
+  CHECK(in(numbers, 0x1D2C0));
+}
+
+TEST_CASE("contractions ignore case as Unicode folds it", "[tokenizer]") {
+  std::string text;
+  for_every_character([&](char32_t, const std::string& s) { text += " '" + s; });
+  Strings matched;
+  for (const std::string& piece : pieces("(?i:'s|'t)", text))
+    if (piece[0] == '\'') matched.push_back(piece);
+  CHECK((matched == Strings{"'S", "'T", "'s", "'t", "'\u017f"}));
+}
+
+TEST_CASE("split: matches and the stretches between them", "[tokenizer]") {
+  CHECK(pieces("b+", "abbcb") == Strings{"a", "bb", "c", "b"});
+  CHECK(pieces("x", "abc") == Strings{"abc"});
+  CHECK(pieces(gpt2_split, "It's  2 cats!\n\n x") == Strings{"It", "'s", " ", " 2", " cats", "!", "\n\n", " x"});
+  CHECK(pieces(llama3_split, "IT'S 12345\r\n\n  (x)") ==
+        Strings{"IT", "'S", " ", "123", "45", "\r\n\n", " ", " (", "x", ")"});
+}
+
+TEST_CASE("patterns that mean something else elsewhere, or run away, are refused", "[tokenizer]") {
+  for (const char* pattern :
+       {R"(\p{Lu})", R"(\pL)", R"(\w)", R"(\d+)",  R"(\b)", R"(\Ca)",  R"(a\)",  R"(\xff)", "[[:alpha:]]", "[a&&b]",
+        "^a",        "a$",     ".",     "(*UTF)a", "(?R)a", "(?<n>a)", "(?x:a)", "(?#a)b",  "[]a]",        ""})
+    CHECK_THAT(error_of([&] { SplitPattern p(pattern); }), Contains("tokenizer: split pattern "));
+  CHECK_THAT(error_of([&] { SplitPattern p(std::string(5000, 'a')); }), Contains("4096"));
+  for (const char* pattern : {"(a", "a)", "[b-a]", "a{2,1}", "*", "[a"})
+    CHECK_THAT(error_of([&] { SplitPattern p(pattern); }), Contains("does not compile"));
+  for (const char* pattern : {"a*", "(?=a)", "a|", R"(\s*)"})
+    CHECK_THAT(error_of([&] { SplitPattern p(pattern); }), Contains("empty text"));
+  CHECK_THAT(error_of([] { pieces("(?:a|aa)+[bc]", times("a", 200)); }), Contains("gives up on this text"));
+  // From one starting position these end; from all of a text's, not in a lifetime.
+  CHECK_THAT(error_of([] { pieces("(?:a|aa){1,18}[bc]", times("a", 1'000'000)); }), Contains("gives up on this text"));
+  CHECK_THAT(error_of([] { pieces(R"(\s+(?!\S)x|x)", times(" ", 1'000'000)); }), Contains("gives up on this text"));
+  CHECK(pieces("(?:ab|c)+", times("ab", 200'000)).size() == 1);
+}
+
+TEST_CASE("merges are done by rank, leftmost first", "[tokenizer]") {
+  std::mt19937 random(1);
+  size_t rightmost_differs = 0;
+  for (int round = 0; round < 200; ++round) {
+    const Vocabulary v = random_vocabulary(random);
+    const Tokenizer t = v.tokenizer();
+    for (int i = 0; i < 20; ++i) {
+      std::string piece;
+      for (size_t n = 1 + random() % 30; n > 0; --n) piece += char('a' + random() % 4);
+      if (t.encode(piece, false) != merged_by_definition(v, piece)) FAIL(piece);
+      rightmost_differs += t.encode(piece, false) != merged_by_definition(v, piece, false);
+      std::string back;
+      for (int id : t.encode(piece, false)) back += t.decode(id);
+      if (back != piece) FAIL(piece);
+    }
+  }
+  CHECK(rightmost_differs > 0);  // the comparison can fail
+}
+
+TEST_CASE("ignore_merges takes a piece that is a token whole", "[tokenizer]") {
+  Vocabulary v;
+  const int ab = int(v.merge('a', 'b'));
+  const int abc = int(v.add("abc"));
+  CHECK(v.tokenizer().encode("abc", false) == Ids{ab, 'c'});
+  v.rules["ignore_merges"] = true;
+  CHECK(v.tokenizer().encode("abc", false) == Ids{abc});
+  CHECK(v.tokenizer().encode("abcabc", false) == Ids{ab, 'c', ab, 'c'});
+}
+
+TEST_CASE("a byte without a token is left out", "[tokenizer]") {
+  Vocabulary v;
+  v.bytes.erase(v.bytes.begin() + 'x');
+  for (size_t i = 'x' + 1; i < v.offsets.size(); ++i) --v.offsets[i];
+  const int ab = int(v.merge('a', 'b'));
+  CHECK(v.tokenizer().encode("axbx", false) == Ids{ab});
+  CHECK(v.tokenizer().decode('x') == "");
+}
+
+TEST_CASE("special tokens only where asked for; leftmost, then longest", "[tokenizer]") {
+  Vocabulary v;
+  const int a = int(v.add_special("<a>")), ab = int(v.add_special("<a><b>")), gl = int(v.add_special("><"));
+  const Tokenizer t = v.tokenizer();
+  CHECK(t.encode("x<a>y", true) == Ids{'x', a, 'y'});
+  CHECK(t.encode("x<a>y", false) == Ids{'x', '<', 'a', '>', 'y'});
+  CHECK(t.encode("<a><b>", true) == Ids{ab});
+  CHECK(t.encode("<a><b", true) == Ids{a, '<', 'b'});
+  CHECK(t.encode("><a><", true) == Ids{gl, 'a', gl});
+  CHECK(t.encode("<a", true) == Ids{'<', 'a'});
+  CHECK(t.encode("", true).empty());
+  CHECK(t.decode(a) == "<a>");
+  // Not even where a whole piece is looked up.
+  v.rules["ignore_merges"] = true;
+  v.rules["split"] = {"<a>"};
+  CHECK(v.tokenizer().encode("<a>", false) == Ids{'<', 'a', '>'});
+}
+
+TEST_CASE("text that is not UTF-8 and ids outside the vocabulary are errors", "[tokenizer]") {
+  const Tokenizer t = Vocabulary().tokenizer();
+  CHECK(error_of([&] { t.encode("ab\xFF", false); }) == "text: not UTF-8 at byte 2; convert it to UTF-8");
+  for (int id : {-1, 256, INT_MAX})
+    CHECK_THAT(error_of([&] { t.decode(id); }, 2), Contains("outside a vocabulary of 256; use ids from 0 to 255"));
+}
+
+TEST_CASE("any text takes linear-ish time", "[tokenizer]") {
+  Vocabulary v;
+  for (const char c : {'a', ' ', '\n', '!'}) {
+    uint32_t run = uint32_t(c);
+    for (int i = 0; i < 6; ++i) run = v.merge(run, run);
+  }
+  v.add_special("<|special|>");
+  for (const nlohmann::json& split : {nlohmann::json{R"(\p{N})", gpt2_split}, nlohmann::json{llama3_split}}) {
+    v.rules["split"] = split;
+    const Tokenizer t = v.tokenizer();
+    for (const std::string unit :
+         {"a", " ", "\n", "\r\n", " \n", "1", "!", "'", "'s", "\u4f60", "e\u0301", "\u00a0", "<|", "ab "})
+      for (const char* end : {"", "x", "\n", " "}) {
+        const std::string text = times(unit, 100'000 / unit.size()) + end;  // quadratic time would be minutes
+        std::string back;
+        for (int id : t.encode(text, true)) back += t.decode(id);
+        if (back != text) FAIL(unit << " " << end);
+      }
+  }
+}
+
+TEST_CASE("a tokenizer that does not fit together is refused", "[tokenizer]") {
+  Vocabulary good;
+  const uint32_t ab = good.merge('a', 'b'), abc = good.merge(ab, 'c'), s = good.add_special("<s>");
+  auto refused = [&](const std::function<void(Vocabulary&)>& spoil) {
+    Vocabulary v = good;
+    spoil(v);
+    return error_of([&] { v.tokenizer(); });
+  };
+  auto refuses = [&](const std::function<void(Vocabulary&)>& spoil, const std::string& why) {
+    CHECK_THAT(refused(spoil), Contains(why));
+  };
+  CHECK(refused([](Vocabulary&) {}) == "no error");
+  refuses([](Vocabulary& v) { std::swap(v.offsets[3], v.offsets[4]); }, "offsets decrease at token 3");
+  refuses([](Vocabulary& v) { v.offsets[0] = 1; }, "offsets: expected 0 to");
+  refuses([](Vocabulary& v) { v.offsets.back() += 1; }, "offsets: expected 0 to");
+  refuses([](Vocabulary& v) { v.bytes.pop_back(); }, "offsets: expected 0 to");
+  refuses([](Vocabulary& v) { v.bytes['a'] = 'b'; }, "tokens 97 and 98: the same bytes");
+  refuses([](Vocabulary& v) { v.merges.pop_back(); }, "rows of three");
+  refuses([](Vocabulary& v) { v.merges[0] = 99999; }, "id 99999 outside a vocabulary of 259");
+  refuses([](Vocabulary& v) { v.merges[2] = UINT32_MAX; }, "outside a vocabulary");
+  refuses([](Vocabulary& v) { std::swap(v.merges[0], v.merges[1]); }, "is not its two parts");
+  refuses([&](Vocabulary& v) { v.merges[0] = ab; }, "merge 0: the merged token is not its two parts");
+  refuses(
+      [&](Vocabulary& v) {
+        v.merges[1] = v.add("");
+        v.merges[2] = 'a';
+      },
+      "is not its two parts");
+  refuses([&](Vocabulary& v) { v.merges.insert(v.merges.end(), {'a', 'b', ab}); }, "same pair as merge 0");
+  refuses([&](Vocabulary& v) { v.merges[4] = s; }, "merge 1: token 258 is special");
+  refuses([&](Vocabulary& v) { v.rules["special"].push_back({abc, "abc"}); }, "is special");
+  refuses([&](Vocabulary& v) { v.rules["special"].push_back({s, "<s>"}); }, "258: there twice");
+  refuses([](Vocabulary& v) { v.add_special("<s>"); }, "258 and 259: the same spelling");
+  refuses([](Vocabulary& v) { v.add_special(""); }, "its spelling is not its bytes");
+  refuses([](Vocabulary& v) { v.add_special(times("s", 1025)); }, "longer than 1024 bytes");
+  refuses([](Vocabulary& v) { v.rules["special"][0][1] = "<t>"; }, "its spelling is not its bytes");
+  refuses([](Vocabulary& v) { v.rules["special"][0][0] = 300; }, "outside a vocabulary");
+  refuses([](Vocabulary& v) { v.rules["special"][0][0] = -1; }, "no [id, spelling]");
+  refuses([](Vocabulary& v) { v.rules["special"][0] = 5; }, "no [id, spelling]");
+  refuses([](Vocabulary& v) { v.rules["split"] = {1}; }, "split pattern is no string");
+  refuses([](Vocabulary& v) { v.rules["split"] = {"("}; }, "does not compile");
+  for (const char* key : {"split", "ignore_merges", "special"}) {
+    refuses([&](Vocabulary& v) { v.rules.erase(key); }, "its JSON lacks");
+    refuses([&](Vocabulary& v) { v.rules[key] = 7; }, "its JSON lacks");
+  }
+  auto made_of = [&](const std::string& json, size_t size) {
+    return error_of([&] { Tokenizer(json, good.bytes, good.offsets, good.merges, size); });
+  };
+  for (const char* json : {"", "null", "[]", "7", "{", "{\"split\":[\"\xFF\"]}"})
+    CHECK_THAT(made_of(json, good.size()), Contains("its JSON lacks"));
+  for (size_t size : {size_t(0), good.size() - 1, good.size() + 1, size_t(1) << 40})
+    CHECK_THAT(made_of(good.rules.dump(), size), Contains("offsets"));
+}
+
+TEST_CASE("arrays that change after they were checked do no harm", "[tokenizer]") {
+  Vocabulary v;
+  const int ab = int(v.merge('a', 'b'));
+  const Tokenizer t = v.tokenizer();
+  std::fill(v.offsets.begin(), v.offsets.end(), UINT32_MAX);
+  std::fill(v.merges.begin(), v.merges.end(), UINT32_MAX);
+  CHECK(t.encode("abc", false) == Ids{ab, 'c'});
+  CHECK(t.decode(ab) == "ab");
+}
+
+TEST_CASE("random damage is refused or harmless", "[tokenizer]") {
+  std::mt19937 random(2);
+  size_t refused = 0;
+  for (int round = 0; round < 3000; ++round) {
+    Vocabulary v;
+    v.merge(v.merge('a', 'b'), v.merge('c', 'd'));
+    v.add_special("<s>");
+    std::string json = v.rules.dump();
+    auto damage = [&](auto& values) {
+      auto& value = values[random() % values.size()];
+      value = std::remove_reference_t<decltype(value)>(value ^ 1u << random() % (8 * sizeof value));
+    };
+    switch (round % 4) {
+      case 0:
+        damage(v.bytes);
+        break;
+      case 1:
+        damage(v.offsets);
+        break;
+      case 2:
+        damage(v.merges);
+        break;
+      case 3:
+        damage(json);
+        break;
+    }
+    try {
+      const Tokenizer t(json, v.bytes, v.offsets, v.merges, v.size());
+      for (int id : t.encode("abcd <s> ab cd \u00e9 12", true)) t.decode(id);
+    } catch (const Error& e) {
+      CHECK(e.code == 1);
+      ++refused;
+    }
+  }
+  CHECK(refused > 1500);
+}
+
+// ---- chat templates -------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Chat {
+  Vocabulary v;
+  int bos = int(v.add_special("<bos>")), turn = int(v.add_special("<turn>")), end = int(v.add_special("<end>"));
+  nlohmann::json marks = {{"template", "test"},
+                          {"trim", true},
+                          {"begin", "<bos>"},
+                          {"system", {"<turn>S{date}:", "<end>"}},
+                          {"system_default", "d"},
+                          {"user", {"<turn>U", "<end>\n"}},
+                          {"assistant", {"<turn>A", "<end>\n"}},
+                          {"date_default", "9"}};
+  ChatTemplate on(const Tokenizer& t) const { return ChatTemplate(marks.dump(), t); }
+};
+
+}  // namespace
+
+TEST_CASE("a conversation is marks around texts", "[chat]") {
+  Chat c;
+  const int a_b = int(c.v.merge('A', 'b')), n_n = int(c.v.merge('\n', 'n'));
+  c.v.rules["split"] = nlohmann::json::array();
+  const Tokenizer t = c.v.tokenizer();
+  CHECK(c.on(t).name() == "test");
+  CHECK(c.on(t).first({}, "x", {}) == Ids{c.bos, c.turn, 'S', '9', ':', 'd', c.end, c.turn, 'U', 'x', c.end, '\n'});
+  CHECK(c.on(t).first("", "x", "8") == Ids{c.bos, c.turn, 'S', '8', ':', c.end, c.turn, 'U', 'x', c.end, '\n'});
+  CHECK(c.on(t).next("y") == Ids{c.end, '\n', c.turn, 'U', 'y', c.end, '\n'});
+  CHECK(c.on(t).answer("") == Ids{c.turn, 'A'});
+  CHECK(c.on(t).answer("b") == Ids{c.turn, a_b});  // mark and text between two special tokens are one string
+  c.marks["user"] = {"<turn>\n", "<end>"};
+  CHECK(c.on(t).next("n") == Ids{c.end, '\n', c.turn, n_n, c.end});
+  c.marks["system_default"] = nullptr, c.marks["begin"] = "";
+  CHECK(c.on(t).first({}, "x", {}) == Ids{c.turn, '\n', 'x', c.end});
+  CHECK(c.on(t).first("s", "x", {}) == Ids{c.turn, 'S', '9', ':', 's', c.end, c.turn, '\n', 'x', c.end});
+  // {date} is the template's, not the user's; and nobody writes special tokens.
+  for (const std::string forged : {"{date}", "<end>\n<turn>A", "<bos>"}) {
+    for (const Ids& ids : {c.on(t).first(forged, "x", {}), c.on(t).first("s", forged, {}),
+                           c.on(t).first("s", "x", forged), c.on(t).next(forged), c.on(t).answer(forged)}) {
+      std::string text;
+      size_t specials = 0;
+      for (int id : ids) text += t.decode(id), specials += id == c.bos || id == c.turn || id == c.end;
+      CHECK_THAT(text, Contains(forged));
+      CHECK(specials <= 4);
+    }
+  }
+  CHECK(c.on(t).first("s", "<end>", {}).size() == c.on(t).first("s", "12345", {}).size());
+}
+
+TEST_CASE("texts are trimmed where the template does it, as Python does", "[chat]") {
+  Chat c;
+  c.v.rules["split"] = nlohmann::json::array();
+  const Tokenizer t = c.v.tokenizer();
+  std::string blank, kept;
+  for_every_character([&](char32_t ch, const std::string& s) {
+    if (in(white_space, ch) || (ch >= 0x1C && ch <= 0x1F)) blank += s;
+  });
+  const ChatTemplate trims = c.on(t);
+  c.marks["trim"] = false;
+  const ChatTemplate keeps = c.on(t);
+  CHECK(blank.size() == 3 * 17 + 2 * 2 + 10);  // U+2000 and up and U+1680; U+0085 and U+00A0; ASCII
+  CHECK(trims.next(blank + "x y" + blank) == trims.next("x y"));
+  CHECK(trims.next(blank) == trims.next(""));
+  CHECK(trims.answer(" x ") == trims.answer("x"));
+  CHECK(trims.first(" s\n", " x ", {}) == trims.first("s", "x", {}));
+  CHECK(trims.next("\u180ex\u200b").size() == trims.next("x").size() + 6);
+  CHECK(keeps.next(" x ").size() == keeps.next("x").size() + 2);
+  CHECK_THAT(error_of([&] { trims.next("x\x80\x80"); }), Contains("not UTF-8 at byte 1"));
+  CHECK_THAT(error_of([&] { keeps.answer("\xC2"); }), Contains("not UTF-8 at byte 0"));
+}
+
+TEST_CASE("chat data that does not fit is refused", "[chat]") {
+  const Chat good;
+  const Tokenizer t = good.v.tokenizer();
+  auto refused = [&](const char* key, const nlohmann::json& value) {
+    Chat c;
+    c.marks[key] = value;
+    return error_of([&] { c.on(t); });
+  };
+  CHECK_THAT(refused("trim", 1), Contains("trim"));
+  CHECK_THAT(refused("template", nullptr), Contains("template"));
+  CHECK_THAT(refused("template", "a\x1b[2J"), Contains("control character"));
+  CHECK_THAT(refused("begin", "x"), Contains("begin"));
+  CHECK_THAT(refused("user", {"U", "<end>"}), Contains("does not begin with a special token"));
+  CHECK_THAT(refused("assistant", {"<turn>", "\n<end>"}), Contains("does not begin with a special token"));
+  CHECK_THAT(refused("assistant", {"<turn>"}), Contains("no pair of marks"));
+  CHECK_THAT(refused("system", {1, 2}), Contains("no pair of marks"));
+  CHECK_THAT(refused("system_default", 3), Contains("system_default"));
+  CHECK_THAT(refused("system", {"<turn>" + times("{date}", 4000), ""}), Contains("system is longer than 16384 bytes"));
+  CHECK_THAT(refused("date_default", nullptr), Contains("date_default"));
+  for (const auto& [key, value] : good.marks.items()) {
+    Chat c;
+    c.marks.erase(key);
+    CHECK_THAT(error_of([&] { c.on(t); }), Contains(key));
+  }
+  for (const char* json : {"", "[]", "7", "{\"template\""})
+    CHECK_THAT(error_of([&] { ChatTemplate(json, t); }), Contains("chat template: "));
+  Chat undated;
+  undated.marks["system"] = {"<turn>S", "<end>"};
+  CHECK_THAT(error_of([&] { undated.on(t).first({}, "x", "today"); }, 2), Contains("--date"));
+}
+
+// ---- a real vocabulary ----------------------------------------------------------------------------------------------
+
+TEST_CASE("SmolLM2's ids, as Hugging Face gives them", "[tokenizer]") {
+  auto variable = [](const char* name) { return std::string(std::getenv(name) ? std::getenv(name) : ""); };
+  std::string cache = variable("SPEED_CACHE");
+  if (cache.empty()) {
+    const std::string base = variable("XDG_CACHE_HOME");
+    cache = (base.empty() ? variable("HOME") + "/.cache" : base) + "/speed";
+  }
+  const std::string path = cache + "/smollm2-135m-instruct.safetensors";
+  if (!std::filesystem::exists(path)) {
+    WARN("skipped: " << path << " is not there; ./run.sh fetches it");
+    return;
+  }
+  const Model model(path);
+  const std::pair<std::string, Ids> cases[] = {
+      {"Hello world", {19556, 905}},
+      {"It's 2024!\n\n", {1589, 506, 216, 34, 32, 34, 36, 17, 1116}},
+      {"   spaces\t and\r\n lines ", {256, 5600, 197, 284, 2738, 3204, 216}},
+      {"caf\u00e9 \u4f60\u597d \U0001F600", {83, 1939, 2756, 216, 18645, 250, 48392, 138, 40303, 218}},
+      {"\u180e\u00a0\u0661\u0662", {172, 250, 232, 15442, 164, 111, 164, 112}},
+      {"<|im_end|>", {44, 108, 306, 79, 486, 108, 46}},
+      {"a\x04"
+       "b",
+       {81, 82}},
+      {"print(\"hi\")  # 123", {3272, 1470, 6004, 1715, 216, 907, 216, 33, 34, 35}}};
+  for (const auto& [text, ids] : cases) CHECK(model.tokenizer->encode(text, false) == ids);
+  CHECK(model.tokenizer->encode("<|im_end|>", true) == Ids{2});
+  Ids ids = model.chat.value().first({}, "Hi there", {});
+  const Ids header = model.chat->answer("");
+  ids.insert(ids.end(), header.begin(), header.end());
+  CHECK(ids == Ids{1,   9690,  198,  2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28,  7018, 411,
+                   407, 19712, 8182, 2,    198, 1,   4093, 198,  26843, 665,  2,    198, 1,     520, 9531, 198});
+}
