@@ -10,19 +10,13 @@
 #include <numeric>
 
 #include "forward.h"
-#include "options.h"
-#include "report.h"
+#include "request.h"
 
 namespace speed {
 
 struct Ceilings {
   double gflops = 0, gbps = 0;
 };
-
-inline double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
 
 template <class Work>
 double seconds_of(Work work) {
@@ -169,6 +163,59 @@ inline Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ce
                commit});
   }
   return table;
+}
+
+inline int run_bench(const Options& o, json& record) {
+  if (!o.model.empty() && !o.shape.empty()) throw Error(2, "-m, --shape", "both given", "use one of them");
+  std::optional<Model> model;
+  if (o.shape.empty()) {
+    model.emplace(model_path(o));
+  } else {
+    for (auto& s : known_shapes())
+      if (s.name == o.shape) model.emplace(s);
+  }
+  model->need_weights();
+  Cpu backend(o.threads);
+  const Config& c = model->config;
+  std::vector<BenchTest> tests;
+  const auto prompts = read_numbers(o.prompts, "-p"), depths = read_numbers(o.depths, "--depth");
+  for (const Policy& p : bench_policies(o, c, o.shape.empty())) {
+    for (int n : prompts) tests.push_back({p, size_t(n), 0, 0, {}, {}});
+    if (o.n > 0)
+      for (int depth : depths) tests.push_back({p, 0, size_t(o.n), size_t(depth), {}, {}});
+  }
+  for (const BenchTest& t : tests)
+    if (t.prompt + t.depth + t.gen > size_t(c.context))
+      throw Error(2, "bench",
+                  "a test of " + std::to_string(t.prompt + t.depth + t.gen) + " tokens exceeds the model's " +
+                      std::to_string(c.context),
+                  "shorten it");
+  Ceilings ceilings = measure_ceilings();
+  Progress progress("bench");
+  for (int round = -1; round < o.repetitions; ++round)  // round -1 is not counted: it brings the weights into memory
+    for (size_t i = 0; i < tests.size(); ++i) {
+      if (interrupted) throw Interrupted{};
+      run_bench_test(tests[i], *model, size_t(o.chunk), backend);
+      if (round < 0) tests[i].seconds.clear();
+      progress.update((double(round + 1) + double(i + 1) / double(tests.size())) / (o.repetitions + 1));
+    }
+  progress.clear();
+  // Again, because a shared machine changes: a ceiling is the best seen.
+  const Ceilings after = measure_ceilings();
+  ceilings = {std::max(ceilings.gflops, after.gflops), std::max(ceilings.gbps, after.gbps)};
+  const Table table = bench_table(tests, ceilings, SPEED_COMMIT);
+  if (o.format == "json") {
+    std::cout << table.rows_as_json().dump(2) << "\n";
+  } else {
+    if (o.format == "text")
+      std::cout << c.shape.name << ", " << omp_get_max_threads() << " threads of " << processor() << ", OpenBLAS "
+                << openblas_get_corename() << "\nceilings here: " << fixed(ceilings.gflops, 0)
+                << " GFLOP/s fp32 products, " << fixed(ceilings.gbps, 1) << " GB/s read; each test " << o.repetitions
+                << " times, in turn\n\n";
+    table.print(std::cout, o.format);
+  }
+  record["results"] = table.rows_as_json();
+  return 0;
 }
 
 }  // namespace speed

@@ -4,6 +4,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -19,6 +20,11 @@
 namespace speed {
 
 using json = nlohmann::json;
+
+#ifndef SPEED_COMMIT
+#define SPEED_COMMIT "unknown"
+#endif
+constexpr const char* version = "speed 0.1 (" SPEED_COMMIT ")";
 
 inline std::string fixed(double x, int digits) {
   char s[64];
@@ -38,6 +44,11 @@ inline std::string flops_text(double x) {
 inline std::string bytes_text(double x) { return scaled(x, 1024, {"B", "KiB", "MiB", "GiB", "TiB"}); }
 inline std::string seconds_text(double s) {
   return s < 1 ? fixed(s * 1000, s < 0.01 ? 2 : 0) + " ms" : fixed(s, 2) + " s";
+}
+
+inline double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v[v.size() / 2];
 }
 
 // Width of a character string on a terminal, for text of one column a code point.
@@ -133,6 +144,13 @@ class Table {
   std::vector<Column> columns_;
   std::vector<std::vector<Cell>> rows_;
 };
+
+inline std::string processor() {
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);)
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
 
 // A bar on stderr for work that takes more than half a second; nothing where stderr is no terminal.
 class Progress {

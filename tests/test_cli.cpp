@@ -408,8 +408,11 @@ TEST_CASE("three turns of a chat draw what the conversation prefilled afresh doe
 }
 
 TEST_CASE("Ctrl-C ends a run with its summary", "[cli]") {
-  const std::string endless = "--chat" + on_tied + "-p hello -n 1000000 -c 1000100 -t 1";
-  const Ran r = shell("timeout --preserve-status -s INT 0.7 SPEED " + endless + " >/dev/null");
+  Scratch scratch;
+  const std::string endless = "--chat" + on_tied + "-p hello -n 1000000 -c 1000100 -t 1", out = scratch / "out";
+  // Once there is text, 10 s at most.
+  const Ran r = shell("SPEED " + endless + " >" + out + " & for i in $(seq 1000); do [ -s " + out +
+                      " ] && break; sleep 0.01; done; kill -INT $!; wait $!");
   CHECK(r.code == 130);
   CHECK(r.err.find("; interrupted") != std::string::npos);
   CHECK(shell("(echo hello; sleep 5) | timeout --preserve-status -s INT 0.7 SPEED chat" + on_tied + "-n 5").code == 0);

@@ -1,0 +1,136 @@
+// conversation.h - the chat mode: turns that follow each other, the caches kept between them.
+#pragma once
+
+#include "generate.h"
+
+namespace speed {
+
+// A conversation. The caches stay between turns; what was said is also kept as ids, so that another K can take it over.
+class Conversation {
+ public:
+  Conversation(const Options& o, const Model& model)
+      : o_(o), model_(model), chat_(chat_template(model)), backend_(o.threads), policy_(make_policy(o, model.config)) {
+    context_ = context_for(o, model.config, 0, std::min<size_t>(4096, size_t(model.config.context)));
+    note_if_not_adapted({policy_}, model.config);
+    restart();
+  }
+
+  // Reads turns until the input ends, or Ctrl-C ends it. Returns what each turn took in and drew.
+  json run() {
+    const bool terminal = ::isatty(0) && ::isatty(2);
+    print_banner(model_, *engine_);
+    if (terminal) std::cerr << context_ << " tokens of context; " << commands << "\n";
+    for (std::string line; !interrupted;) {
+      if (terminal) std::cerr << "> " << std::flush;
+      if (!std::getline(std::cin, line)) break;
+      try {
+        if (line == "/quit") break;
+        if (!line.empty() && line[0] == '/') command(line);
+        else if (!line.empty()) turn(line);
+      } catch (const Error& e) {  // what this turn asked for cannot be; the conversation goes on
+        if (e.code != 2) throw;
+        std::cerr << "speed: " << e.what() << "\n";
+      }
+    }
+    if (terminal) std::cerr << "\n";
+    return turns_;
+  }
+
+ private:
+  static constexpr const char* commands = "/k N, /bos on|off, /reset, /quit";
+
+  void turn(const std::string& text) {
+    if (const size_t bad = first_invalid_utf8(text); bad != std::string::npos)
+      throw Error(2, "this line", "not UTF-8 at byte " + std::to_string(bad), "say it again; nothing was taken in");
+    Request r{said_, 0};
+    const std::vector<int> user = started_ ? chat_.next(text) : chat_.first(o_.system, text, o_.date);
+    r.ids.insert(r.ids.end(), user.begin(), user.end());
+    r.split = r.ids.size();
+    const std::vector<int> header = chat_.answer("");
+    r.ids.insert(r.ids.end(), header.begin(), header.end());
+    const size_t used = engine_->position();
+    if (used + r.ids.size() >= context_)
+      throw Error(2, "context",
+                  "this turn needs " + std::to_string(r.ids.size() + 1) + " tokens or more, " +
+                      std::to_string(context_ - used) + " of " + std::to_string(context_) + " are left",
+                  "say it shorter, /reset, or start again with a larger -c");
+    engine_->end_turn(o_.keep_answers);
+    const size_t split = policy_.tail_is_one_token() ? r.ids.size() - 1 : r.split;
+    const size_t room = context_ - used - r.ids.size() + 1;
+    const Answer a = generate(*engine_, model_, r, split, std::min<size_t>(size_t(o_.n), room), o_,
+                              [](const std::string& s) { std::cout << s << std::flush; });
+    std::cout << std::endl;
+    turns_.push_back(answer_record(policy_, r.ids.size(), split, a));
+    turns_.back()["prompt_ids"] = r.ids;
+    turns_.back()["new_ids"] = a.ids;
+    if (a.interrupted) return;
+    started_ = true;
+    history_.insert(history_.end(), r.ids.begin(), r.ids.end());
+    history_.insert(history_.end(), a.ids.begin(), a.ids.begin() + long(a.fed));
+    // The last token drawn was not fed back. A stop token is the template's to write; any other is still to be taken
+    // in.
+    said_.clear();
+    const auto& stops = model_.config.eos;
+    if (std::find(stops.begin(), stops.end(), a.ids.back()) == stops.end()) said_ = {a.ids.back()};
+    if (a.ids.size() == room)
+      note("the context of " + std::to_string(context_) + " tokens is full; /reset starts anew");
+    if (::isatty(2)) print_summary(policy_, r, split, a);
+  }
+
+  void command(const std::string& line) {
+    std::istringstream in(line);
+    std::string word, value, more;
+    in >> word >> value >> more;
+    Options changed = o_;
+    int k = 0;
+    if (word == "/reset" && value.empty()) {
+      history_.clear(), said_.clear();
+      started_ = false;
+      return restart();
+    } else if (word == "/k" && more.empty() &&
+               std::from_chars(value.data(), value.data() + value.size(), k).ptr == value.data() + value.size() &&
+               k > 0) {
+      changed.k = k;
+    } else if (word == "/bos" && more.empty() && (value == "on" || value == "off")) {
+      changed.bos = value == "on";
+    } else {
+      throw Error(2, line, "no such command", "use " + std::string(commands));
+    }
+    policy_ = make_policy(changed, model_.config);
+    o_ = changed;
+    std::cerr << describe(policy_) << "\n";
+    said_.insert(said_.begin(), history_.begin(),
+                 history_.end());  // taken in again with the next turn, under the new policy
+    history_.clear();
+    restart();
+  }
+
+  // Under SPEED an upper layer holds one turn's answer, or with --keep-answers all of them.
+  void restart() {
+    engine_.reset();
+    const size_t decode =
+        o_.keep_answers ? context_ : std::min<size_t>(context_, chat_.answer("").size() + size_t(o_.n));
+    engine_ = std::make_unique<Engine<Cpu>>(model_, policy_, Limits{context_, decode, size_t(o_.chunk)}, backend_);
+  }
+
+  Options o_;
+  const Model& model_;
+  const ChatTemplate& chat_;
+  Cpu backend_;
+  Policy policy_;
+  size_t context_ = 0;
+  std::unique_ptr<Engine<Cpu>> engine_;
+  bool started_ = false;
+  std::vector<int> history_;  // ids in the caches
+  std::vector<int> said_;     // ids that belong to the conversation but are not in the caches yet
+  json turns_ = json::array();
+};
+
+inline int run_chat(const Options& o, json& record) {
+  const Model model = load(o);
+  model.need_weights();
+  record["turns"] = Conversation(o, model).run();
+  return 0;
+}
+
+}  // namespace speed

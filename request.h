@@ -1,0 +1,136 @@
+// request.h - from what the user typed to token ids: text, model, where the prompt ends, how much context.
+#pragma once
+
+#include <atomic>
+#include <fstream>
+
+#include "model.h"
+#include "options.h"
+#include "report.h"
+
+namespace speed {
+
+// Set by the first Ctrl-C: the run stops at the next layer, so that it can still say what it did.
+inline std::atomic<bool> interrupted = false;
+struct Interrupted {};
+
+struct Request {
+  std::vector<int> ids;
+  size_t split = 0;
+};
+
+inline std::string read_all(std::istream& in) {
+  std::string text{std::istreambuf_iterator<char>(in), {}};
+  if (interrupted) throw Interrupted{};  // half a text is none
+  return text;
+}
+
+inline std::string read_file(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  if (!in || std::filesystem::is_directory(path)) throw Error(1, path, "cannot be read", "check the path");
+  return read_all(in);
+}
+
+// The text the user gave, byte for byte.
+inline std::string read_text(const Options& o) {
+  std::string text, from = "-p";
+  if (o.from_stdin) {
+    text = read_all(std::cin), from = "standard input";
+  } else if (!o.file.empty()) {
+    text = read_file(o.file), from = o.file;
+  } else if (o.has_prompt) {
+    text = o.prompt;
+  } else {
+    throw Error(2, "text", "none given", "use -p TEXT, -f FILE, or - for standard input");
+  }
+  if (const size_t bad = first_invalid_utf8(text); bad != std::string::npos)
+    throw Error(1, from, "not UTF-8 at byte " + std::to_string(bad), "convert it to UTF-8");
+  return text;
+}
+
+inline std::vector<int> plain_ids(const Model& model, const std::string& text) {
+  std::vector<int> ids;
+  if (model.config.bos >= 0) ids.push_back(model.config.bos);
+  const std::vector<int> more = model.tokenizer->encode(text, false);
+  ids.insert(ids.end(), more.begin(), more.end());
+  return ids;
+}
+
+inline const ChatTemplate& chat_template(const Model& model) {
+  if (!model.chat)
+    throw Error(2, "--chat", "this model's chat template is none that is known", "leave it out: plain text works");
+  return *model.chat;
+}
+
+// Text to ids, and where the prompt ends: in a chat before the assistant header, in plain text before the last token.
+inline Request make_request(const Options& o, const Model& model) {
+  const std::string text = read_text(o);
+  if (text.empty()) throw Error(2, "prompt", "it is empty", "give some text");
+  Request r;
+  if (o.chat) {
+    const ChatTemplate& chat = chat_template(model);
+    r.ids = chat.first(o.system, text, o.date);
+    r.split = r.ids.size();
+    const std::vector<int> header = chat.answer(o.answer_prefix);
+    r.ids.insert(r.ids.end(), header.begin(), header.end());
+  } else {
+    if (o.system || o.date || !o.answer_prefix.empty())
+      throw Error(2,
+                  o.system ? "--system"
+                  : o.date ? "--date"
+                           : "--answer-prefix",
+                  "has no meaning for plain text", "add --chat");
+    r.ids = plain_ids(model, text);
+    r.split = r.ids.size() - 1;
+  }
+  if (o.split && size_t(*o.split) >= r.ids.size())
+    throw Error(2, "--split " + std::to_string(*o.split), "the prompt has " + std::to_string(r.ids.size()) + " tokens",
+                "use 0 to " + std::to_string(r.ids.size() - 1));
+  return r;
+}
+
+inline size_t split_under(const Policy& p, const Options& o, const Request& r) {
+  if (o.split) return size_t(*o.split);
+  return p.tail_is_one_token() ? r.ids.size() - 1 : r.split;
+}
+
+inline void note(const std::string& text) { std::cerr << "speed: note: " << text << "\n"; }
+
+inline void note_if_not_adapted(const std::vector<Policy>& policies, const Config& c) {
+  std::string list;
+  for (const Policy& p : policies)
+    if (!adapted(p, c)) list += (list.empty() ? "" : ", ") + describe(p);
+  if (!list.empty()) note("these weights were not trained for " + list + "; expect worse answers than at full depth");
+}
+
+// The model named by -m, else by the environment (run.sh does so), else the one that comes with the program.
+inline std::string model_path(const Options& o) {
+  if (!o.model.empty()) return o.model;
+  if (const char* path = std::getenv("SPEED_MODEL"); path && *path) return path;
+  const auto bundled = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "models" / "small.safetensors";
+  if (!std::filesystem::exists(bundled))
+    throw Error(2, "-m", "no model given, and none is bundled with this program", "add -m FILE");
+  return bundled.string();
+}
+
+inline Model load(const Options& o) { return Model(model_path(o)); }
+
+// Context in tokens for a request of N and n new ones.
+inline size_t context_for(const Options& o, const Config& c, size_t N, size_t n) {
+  if (o.context && size_t(o.context) < N)
+    throw Error(2, "-c " + std::to_string(o.context), "the prompt has " + std::to_string(N) + " tokens",
+                "use a larger -c or a shorter prompt");
+  const size_t need = o.context ? size_t(o.context) : N + n;
+  if (need > size_t(c.context)) {
+    if (!o.context)
+      throw Error(2, "context",
+                  std::to_string(N) + " prompt tokens and " + std::to_string(n) + " new ones exceed the model's " +
+                      std::to_string(c.context),
+                  "shorten them, or force it with -c " + std::to_string(need));
+    note("-c " + std::to_string(need) + " is longer than the " + std::to_string(c.context) +
+         " tokens the model was made for");
+  }
+  return need;
+}
+
+}  // namespace speed
