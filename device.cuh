@@ -1,0 +1,381 @@
+// device.cuh - what the kernels stand on: every PTX instruction in a wrapper of its own, every call of CUDA and cuBLAS
+// in a thin host layer. Nothing here knows about language models.
+//
+// Each wrapper has two bodies. This file holds the one for the device. g++ -DSPEED_EMULATOR takes the other, from
+// tests/emulator.h, which runs a block's threads as fibers on a CPU; the text of the kernels is the same in both.
+//
+// Conventions. A warp is 32 lanes. What says "whole warp" must be reached by all 32 lanes together; blocks have whole
+// warps. Host calls that take a Stream are asynchronous: they may be carried out as late as synchronize(), so memory
+// they read must stay and memory they write must be left alone until then.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <string>
+#include <utility>
+
+#include "error.h"
+#include "model.h"
+
+#ifdef SPEED_EMULATOR
+#include "tests/emulator.h"
+#else
+
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
+
+#define DEVICE __device__ __forceinline__
+
+namespace speed {
+
+// ---- threads and shared memory ------------------------------------------------------------------------------------
+
+// The block's dynamic shared memory, as many bytes as launch() was given, aligned to 128. Its contents at the start are
+// anything.
+template <class T>
+DEVICE T* shared_memory() {
+  extern __shared__ __align__(128) unsigned char shared[];
+  return reinterpret_cast<T*>(shared);
+}
+
+// Waits for all threads of the block; what they wrote to shared and global memory before is seen after.
+DEVICE void sync_threads() { __syncthreads(); }
+
+// The same for the lanes of a warp. Whole warp.
+DEVICE void sync_warp() { __syncwarp(); }
+
+// What lane `lane` (or: this lane's number ^ mask) holds of v. T is float, int or uint32_t. Whole warp.
+template <class T>
+DEVICE T shuffle(T v, int lane) {
+  return __shfl_sync(0xFFFFFFFF, v, lane);
+}
+template <class T>
+DEVICE T shuffle_xor(T v, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFF, v, mask);
+}
+
+// What this thread wrote to global memory before is seen by every thread that sees what it writes after.
+DEVICE void memory_fence() { __threadfence(); }
+
+// Adds to a word of global memory, as one step among all threads; returns what it held before.
+DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
+
+// ---- memory, 16 bytes at a time; addresses are multiples of 16 ----------------------------------------------------
+
+DEVICE uint4 load_16(const void* p) { return *static_cast<const uint4*>(p); }
+DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+
+// For weights, read once a kernel and written by none that could overlap it: global memory, past the L1 cache.
+DEVICE uint4 load_16_once(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Starts a copy of 16 bytes from global to shared memory; zeros, and `global` not read, where it is not valid. Copies
+// started since the last commit are one group. After wait<N>() all groups of this thread but its latest N are there,
+// for this thread; for others after a barrier too. Until then the destination holds anything.
+DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- bf16, tensor cores -------------------------------------------------------------------------------------------
+// Two bf16 to a word, the one of lower index in the lower half. PTX ISA, "Matrix fragments for mma.m16n8k16":
+// with g = lane / 4 and t = lane % 4,
+//   a  A [16, 16]: a[0] row g, columns 2t, 2t + 1;  a[1] row g + 8;  a[2], a[3] the same rows, columns 2t + 8, 2t + 9
+//   b  B [16, 8]:  b[0] rows 2t, 2t + 1 of column g;  b[1] rows 2t + 8, 2t + 9
+//   d  D [16, 8]:  d[0], d[1] row g, columns 2t, 2t + 1;  d[2], d[3] row g + 8
+
+// Four 8x8 matrices of bf16 out of shared memory. Lane 8i + j names row j of matrix i: 16 bytes, aligned to 16.
+// r[i] are elements 2t, 2t + 1 of row g of matrix i; transposed: of column g. Whole warp.
+DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// D += A B, fp32 sums of bf16 products. Whole warp.
+DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Rounds to nearest, ties to even.
+DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEVICE bf16 round_bf16(float x) { return {uint16_t(pack_bf16(x, 0.0f))}; }
+DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
+
+// The bytes of a (0 to 3) and b (4 to 7) that the four hexadecimal digits of `selector` name, lowest first.
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+// 2^x to 2 ulp; results below 2^-126 are 0.
+DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- the host's side ----------------------------------------------------------------------------------------------
+
+using Where = std::source_location;  // of the call that a message should name
+
+[[noreturn]] inline void fail(const std::string& call, const std::string& why, const std::string& hint, Where where) {
+  const std::string file = where.file_name();
+  throw Error(1, call + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line()) + ")", why, hint);
+}
+
+inline void check(cudaError_t e, const char* call, Where where) {
+  if (e == cudaSuccess) return;
+  const char* hint = "a call after a fault names it late: run again with CUDA_LAUNCH_BLOCKING=1";
+  if (e == cudaErrorMemoryAllocation) hint = "use a smaller -c, -n or --chunk, or a GPU that is free";
+  if (e == cudaErrorNoDevice || e == cudaErrorInsufficientDriver) hint = "use --device cpu, or install a newer driver";
+  if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorUnsupportedPtxVersion)
+    hint = "the program was built for other GPUs: build it here with make, or use --device cpu";
+  if (e == cudaErrorInvalidConfiguration || e == cudaErrorInvalidValue)
+    hint = "this is a fault of the program: report it";
+  fail(call, std::string(cudaGetErrorName(e)) + ", " + cudaGetErrorString(e), hint, where);
+}
+
+inline void check(cublasStatus_t s, const char* call, Where where) {
+  if (s == CUBLAS_STATUS_SUCCESS) return;
+  fail(call, cublasGetStatusString(s), "run again with CUBLAS_LOGINFO_DBG=1 to see the call's arguments", where);
+}
+
+#define SPEED_CHECK(call, where) ::speed::check(call, #call, where)
+
+struct Device {
+  std::string name;
+  int major = 0, minor = 0;  // compute capability
+  int multiprocessors = 0;
+  size_t free_bytes = 0, total_bytes = 0, l2_bytes = 0;
+  int driver = 0, runtime = 0;  // versions as CUDA writes them: 13000 is 13.0
+};
+
+// The first visible GPU, made the current one. Error where there is none, or none that can run this program.
+inline Device open_device(Where where = Where::current()) {
+  int n = 0;
+  const cudaError_t e = cudaGetDeviceCount(&n);
+  if (e != cudaSuccess || n == 0)
+    throw Error(1, "GPU", e == cudaSuccess ? "none visible" : cudaGetErrorString(e),
+                "use --device cpu, or look at nvidia-smi and CUDA_VISIBLE_DEVICES");
+  Device d;
+  cudaDeviceProp p;
+  SPEED_CHECK(cudaGetDeviceProperties(&p, 0), where);
+  d.name = p.name, d.major = p.major, d.minor = p.minor;
+  d.multiprocessors = p.multiProcessorCount, d.l2_bytes = size_t(p.l2CacheSize);
+  if (d.major < 8)
+    throw Error(1, "GPU",
+                d.name + " has compute capability " + std::to_string(d.major) + "." + std::to_string(d.minor) +
+                    ", 8.0 is needed",
+                "use --device cpu");
+  SPEED_CHECK(cudaSetDevice(0), where);
+  SPEED_CHECK(cudaMemGetInfo(&d.free_bytes, &d.total_bytes), where);
+  SPEED_CHECK(cudaDriverGetVersion(&d.driver), where);
+  SPEED_CHECK(cudaRuntimeGetVersion(&d.runtime), where);
+  return d;
+}
+
+// Device memory, aligned to 256, with anything in it. Error where there is not as much.
+inline void* device_allocate(size_t bytes, Where where = Where::current()) {
+  void* p = nullptr;
+  const cudaError_t e = cudaMalloc(&p, bytes);
+  if (e == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    fail("GPU memory", std::to_string(bytes >> 20) + " MiB asked for, " + std::to_string(free >> 20) + " MiB free",
+         "use a smaller -c, -n or --chunk, or a GPU that is free", where);
+  }
+  SPEED_CHECK(e, where);
+  return p;
+}
+// Waits for all work on the device first. Null is allowed.
+inline void device_free(void* p) noexcept { cudaFree(p); }
+
+// Work in the order it was given. The destructor waits for it.
+class Stream {
+ public:
+  explicit Stream(Where where = Where::current()) {
+    SPEED_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), where);
+  }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() {
+    cudaStreamSynchronize(stream_);
+    cudaStreamDestroy(stream_);
+  }
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+inline void synchronize(const Stream& s, Where where = Where::current()) {
+  SPEED_CHECK(cudaStreamSynchronize(s.get()), where);
+}
+inline void copy_to_device(void* to, const void* from, size_t bytes, const Stream& s, Where where = Where::current()) {
+  SPEED_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s.get()), where);
+}
+inline void copy_to_host(void* to, const void* from, size_t bytes, const Stream& s, Where where = Where::current()) {
+  SPEED_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, s.get()), where);
+}
+inline void copy_on_device(void* to, const void* from, size_t bytes, const Stream& s, Where where = Where::current()) {
+  SPEED_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, s.get()), where);
+}
+inline void fill_bytes(void* to, int byte, size_t bytes, const Stream& s, Where where = Where::current()) {
+  SPEED_CHECK(cudaMemsetAsync(to, byte, bytes, s.get()), where);
+}
+
+// A Stream, with the place in the program that names it.
+struct LaunchStream {
+  const Stream& stream;
+  Where where;
+  LaunchStream(const Stream& s, Where w = Where::current()) : stream(s), where(w) {}
+};
+
+// Runs kernel(args...) with grid.x * grid.y * grid.z blocks of block.x threads, a multiple of 32, and `shared_bytes` of
+// shared memory each. Nothing is run where the grid is empty.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, LaunchStream s, A&&... args) {
+  if (size_t(grid.x) * grid.y * grid.z == 0) return;
+  if (shared_bytes > 48 * 1024)
+    SPEED_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), s.where);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = s.stream.get();
+  SPEED_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(args))...), s.where);
+}
+
+// Work recorded once from record(), which gives it to the stream without waiting, allocating or freeing; run() gives
+// all of it again, with the same arguments.
+class Graph {
+ public:
+  Graph() = default;
+  template <class F>
+  Graph(const Stream& s, F&& record, Where where = Where::current()) {
+    cudaGraph_t graph = nullptr;
+    SPEED_CHECK(cudaStreamBeginCapture(s.get(), cudaStreamCaptureModeThreadLocal), where);
+    try {
+      record();
+    } catch (...) {
+      if (cudaStreamEndCapture(s.get(), &graph) == cudaSuccess && graph) cudaGraphDestroy(graph);
+      throw;
+    }
+    SPEED_CHECK(cudaStreamEndCapture(s.get(), &graph), where);
+    const cudaError_t made = cudaGraphInstantiate(&run_, graph, 0);
+    cudaGraphDestroy(graph);
+    SPEED_CHECK(made, where);
+  }
+  Graph(Graph&& o) noexcept : run_(std::exchange(o.run_, nullptr)) {}
+  Graph& operator=(Graph&& o) noexcept {
+    std::swap(run_, o.run_);
+    return *this;
+  }
+  ~Graph() {
+    if (run_) cudaGraphExecDestroy(run_);
+  }
+  explicit operator bool() const { return run_ != nullptr; }
+  void run(const Stream& s, Where where = Where::current()) const {
+    SPEED_CHECK(cudaGraphLaunch(run_, s.get()), where);
+  }
+
+ private:
+  cudaGraphExec_t run_ = nullptr;
+};
+
+// A moment in a stream's work.
+class Event {
+ public:
+  explicit Event(Where where = Where::current()) { SPEED_CHECK(cudaEventCreate(&event_), where); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() { cudaEventDestroy(event_); }
+  void record(const Stream& s, Where where = Where::current()) { SPEED_CHECK(cudaEventRecord(event_, s.get()), where); }
+  // Between two moments that the device has passed.
+  double seconds_since(const Event& start, Where where = Where::current()) const {
+    float ms = 0;
+    SPEED_CHECK(cudaEventElapsedTime(&ms, start.event_, event_), where);
+    return double(ms) * 1e-3;
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// Matrix products of many rows, by cuBLAS, in the order of the stream it is made with, which must outlive it.
+class Blas {
+ public:
+  // The workspace is its own, so that products can be recorded in a graph and the same call gives the same bits.
+  explicit Blas(const Stream& s, Where where = Where::current()) : workspace_(device_allocate(workspace_bytes, where)) {
+    SPEED_CHECK(cublasCreate(&handle_), where);
+    SPEED_CHECK(cublasSetStream(handle_, s.get()), where);
+    SPEED_CHECK(cublasSetWorkspace(handle_, workspace_, workspace_bytes), where);
+    SPEED_CHECK(cublasSetMathMode(handle_, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION), where);
+  }
+  Blas(const Blas&) = delete;
+  Blas& operator=(const Blas&) = delete;
+  ~Blas() {
+    cublasDestroy(handle_);
+    device_free(workspace_);
+  }
+
+  // y = x w^T + beta y          x [n, in]; w [out, in]; y [n, out]; fp32 sums; y is not read where beta is 0
+  void gemm(float* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta,
+            Where where = Where::current()) {
+    product(y, CUDA_R_32F, x, w, n, in, out, beta, where);
+  }
+  void gemm(bf16* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta,
+            Where where = Where::current()) {
+    product(y, CUDA_R_16BF, x, w, n, in, out, beta, where);
+  }
+
+  static constexpr size_t workspace_bytes = size_t(32) << 20;  // NVIDIA's advice for Hopper
+
+ private:
+  // cuBLAS counts columns first: y^T = (w^T)^T x^T is the same memory.
+  void product(void* y, cudaDataType type, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta,
+               Where where) {
+    if (n == 0) return;
+    const float alpha = 1;
+    SPEED_CHECK(
+        cublasGemmEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, int(out), int(n), int(in), &alpha, w, CUDA_R_16BF, int(in), x,
+                     CUDA_R_16BF, int(in), &beta, y, type, int(out), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+        where);
+  }
+
+  void* workspace_ = nullptr;
+  cublasHandle_t handle_ = nullptr;
+};
+
+}  // namespace speed
+
+#endif
