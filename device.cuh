@@ -128,6 +128,8 @@ DEVICE uint32_t pack_bf16(float low, float high) {
   return r;
 }
 DEVICE bf16 round_bf16(float x) { return {uint16_t(pack_bf16(x, 0.0f))}; }
+DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000); }
