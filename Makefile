@@ -9,7 +9,7 @@ CXX ?= g++
 CXXFLAGS ?= -O3 -march=native
 LANGUAGE = -std=c++20 -Wall -Wextra -fopenmp -DSPEED_COMMIT='"$(shell git describe --always --dirty 2>/dev/null || echo unknown)"'
 LIBRARIES = -lopenblas -lpcre2-8
-HEADERS = $(wildcard *.h)
+HEADERS = $(wildcard *.h *.cuh)
 BUILD ?= build
 TESTS = $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/test_*.cpp tests/main.cpp))
 CACHE ?= $(or $(SPEED_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/speed)
@@ -23,8 +23,12 @@ $(BUILD)/%.o: tests/%.cpp $(HEADERS) $(wildcard tests/*.h)
 	$(CXX) $(LANGUAGE) $(TESTFLAGS) -I. -c $< -o $@
 TESTFLAGS ?= -O1 -march=native
 
-$(BUILD)/tests: $(TESTS)
-	$(CXX) $(TESTFLAGS) -fopenmp $^ -o $@ $(LIBRARIES)
+# CUDA kernels on a CPU: device.cuh takes its wrappers from tests/emulator.h. -rdynamic, so that messages name a kernel.
+EMULATED = $(addprefix $(BUILD)/,emulator.o test_emulator.o)
+$(EMULATED): LANGUAGE += -DSPEED_EMULATOR -Wno-unknown-pragmas
+
+$(BUILD)/tests: $(TESTS) $(BUILD)/emulator.o
+	$(CXX) $(TESTFLAGS) -fopenmp -rdynamic $^ -o $@ $(LIBRARIES) -lboost_context
 
 # The laws a second time with other OpenBLAS kernels: those pick their method by shape, so equal bits are harder there.
 test: speed $(BUILD)/tests

@@ -70,7 +70,7 @@ real_model() {
 
 if [ "${1:-}" = test ]; then
   build_tools
-  install "to test speed" catch2
+  install "to test speed" catch2 libboost-context-dev
   exec make --no-print-directory -j"$(nproc)" test
 fi
 
