@@ -146,7 +146,7 @@ T shuffle(T v, int lane, Where where = Where::current()) {
 }
 template <class T>
 T shuffle_xor(T v, int mask, Where where = Where::current()) {
-  return shuffle(v, int(threadIdx.x % 32) ^ mask, where);
+  return speed::shuffle(v, int(threadIdx.x % 32) ^ mask, where);
 }
 
 inline void memory_fence() {}
