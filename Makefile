@@ -1,7 +1,9 @@
 # make            builds ./speed
+# make cuda       builds ./speed-cuda for NVIDIA GPUs, on any machine with a CUDA toolkit
 # make test       builds and runs the tests; needs no Python and no network
 # make test-hf    compares with Hugging Face; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make bench      times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
+# make gpu-bench  times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
 # make fuzz       hostile model files, texts and templates, made up by libFuzzer
 # make sanitize   the tests again under AddressSanitizer and UBSan
 
@@ -14,8 +16,33 @@ BUILD ?= build
 TESTS = $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/test_*.cpp tests/main.cpp))
 CACHE ?= $(or $(SPEED_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/speed)
 
+# With a GPU here and a CUDA toolkit of 12.8 or later, nvcc builds the program for this GPU and the CPU; otherwise g++
+# builds it for the CPU alone.
+NVCC ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+CARD := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+TOOLKIT := $(if $(NVCC),$(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/\1\2/p'))
+HAS_TOOLKIT := $(shell [ "$(TOOLKIT)" -ge 128 ] 2>/dev/null && echo yes)
+NVCCFLAGS = $(filter -std=% -D%,$(LANGUAGE)) -O3 -DSPEED_CUDA -ccbin $(CXX) \
+  -Xcompiler -fopenmp,-Wall,-Wextra -Xptxas -v
+
 speed: speed.cu $(HEADERS)
+ifeq ($(and $(CARD),$(HAS_TOOLKIT)),yes)
+	$(NVCC) $(NVCCFLAGS) -Xcompiler -march=native -arch=sm_$(CARD:90=90a) speed.cu -o $@.new $(LIBRARIES) -lcublas && mv $@.new $@
+else
 	$(CXX) $(LANGUAGE) $(CXXFLAGS) -x c++ speed.cu -x none -o $@.new $(LIBRARIES) && mv $@.new $@
+endif
+
+# For Ampere, Hopper and Blackwell, and as PTX for what else there is; needs no GPU. Kernels that spill registers or use
+# local memory are an error, and so is a warning.
+cuda: speed-cuda
+speed-cuda: speed.cu $(HEADERS)
+	@mkdir -p $(BUILD)
+	$(NVCC) $(NVCCFLAGS) -Xcompiler -march=x86-64-v3 -gencode arch=compute_80,code=sm_80 \
+	  -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_100,code=sm_100 \
+	  -gencode arch=compute_80,code=compute_80 speed.cu -o $@.new $(LIBRARIES) -lcublas 2> $(BUILD)/nvcc.log \
+	  || { cat $(BUILD)/nvcc.log >&2; false; }
+	@! grep -B2 -E '\b[1-9][0-9]* bytes (stack|spill)|warning' $(BUILD)/nvcc.log
+	mv $@.new $@
 
 # -O1, because a test compiles more than it runs; the program it starts is the one above.
 $(BUILD)/%.o: tests/%.cpp $(HEADERS) $(wildcard tests/*.h)
@@ -53,7 +80,15 @@ fuzz:
 bench: speed
 	./speed bench -m "$(CACHE)/smollm2-135m-instruct.safetensors" -p 128,512 -n 64 --depth 0,1024,4096 --policy full,speed,pop --k 24,15
 
-clean:
-	rm -rf speed build build-sanitize
+# Random weights, made on the device. At 128K tokens fewer repetitions: a prompt takes seconds there.
+gpu-bench: speed
+	@mkdir -p docs/gpu
+	./speed bench --device cuda --shape llama-3.1-8b -p 2048,8192,32768 -n 64 --depth 0,2048,8192,32768 \
+	  --policy full,speed,pop --k 24,16 -o md --record docs/gpu/llama-3.1-8b.json > docs/gpu/llama-3.1-8b.md
+	./speed bench --device cuda --shape llama-3.1-8b -p 131072 -n 32 --depth 131000 --policy full,speed --k 24,16 \
+	  -r 2 -o md --record docs/gpu/llama-3.1-8b-128k.json > docs/gpu/llama-3.1-8b-128k.md
 
-.PHONY: test test-hf sanitize bench fuzz clean
+clean:
+	rm -rf speed speed-cuda build build-sanitize
+
+.PHONY: cuda gpu-bench test test-hf sanitize bench fuzz clean

@@ -5,11 +5,9 @@
 // could beat here: max(FLOPs / ceiling, bytes / ceiling), by the cost model's counts.
 #pragma once
 
-#include <sys/resource.h>
-
 #include <numeric>
 
-#include "forward.h"
+#include "backend.h"
 #include "request.h"
 
 namespace speed {
@@ -25,7 +23,7 @@ double seconds_of(Work work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-inline Ceilings measure_ceilings() {
+inline Ceilings measure_ceilings(Cpu&, const Shape&) {
   Ceilings best;
   {
     const size_t words = size_t(64) << 20, block = 1 << 16;  // 256 MiB, well beyond any cache
@@ -65,6 +63,66 @@ inline Ceilings measure_ceilings() {
   return best;
 }
 
+// So that no repetition finds weights or cache where the one before left them, in a cache of the processor.
+inline void flush(Cpu&) {}
+
+#ifdef SPEED_CUDA
+// Read-only bandwidth over memory far larger than the L2 cache; and cuBLAS on the products of one layer of this shape,
+// with a full chunk of rows of random values (zeros are faster).
+inline Ceilings measure_ceilings(Gpu& gpu, const Shape& s) {
+  Ceilings best;
+  Event begin, end;
+  auto best_of = [&](int times, auto work) {
+    double least = INFINITY;
+    for (int i = 0; i <= times; ++i) {  // the first is not counted
+      begin.record(gpu.stream());
+      work();
+      end.record(gpu.stream());
+      gpu.wait();
+      if (i) least = std::min(least, end.seconds_since(begin));
+    }
+    return least;
+  };
+  const size_t free = size_t(gpu.available_memory() / 4);
+  auto random = [&](bf16* p, size_t n) {
+    launch(kernel::random_weights, dim3(unsigned((n + 255) / 256)), dim3(256), 0, gpu.stream(), p, n, 1u);
+  };
+  {
+    const size_t words = std::min<size_t>(std::max<size_t>(32 * gpu.device().l2_bytes, 1 << 20), free) / 16;
+    Gpu::Buffer<uint4> memory(words);
+    Gpu::Buffer<uint32_t> never(1);
+    random(reinterpret_cast<bf16*>(memory.get()), words * 8);
+    const dim3 grid(unsigned(gpu.device().multiprocessors * 8));
+    const double t = best_of(
+        10, [&] { launch(kernel::read_all, grid, dim3(256), 0, gpu.stream(), never.get(), memory.get(), words); });
+    best.gbps = double(words) * 16 / t / 1e9;
+  }
+  {
+    struct Product {
+      size_t in, out;
+    };
+    const size_t d = s.hidden, q = s.q_width(), kv = s.kv_width(), f = s.mlp;
+    const std::vector<Product> layer = {{d, q}, {d, kv}, {d, kv}, {q, d}, {d, f}, {d, f}, {f, d}};
+    const size_t widest = std::max({d, q, f}), rows = std::clamp<size_t>(free / 2 / (2 * widest), 1, 8192);
+    Gpu::Buffer<bf16> x(rows * widest), y(rows * widest), w(std::max({d * q, d * kv, d * f}));
+    random(x.get(), x.size), random(w.get(), w.size);
+    double flops = 0;
+    for (const Product& p : layer) flops += 2.0 * double(rows) * double(p.in) * double(p.out);
+    const double t = best_of(5, [&] {
+      for (const Product& p : layer) gpu.blas().gemm(y.get(), x.get(), w.get(), rows, p.in, p.out, 0);
+    });
+    best.gflops = flops / t / 1e9;
+  }
+  return best;
+}
+
+inline void flush(Gpu& gpu) {
+  Gpu::Buffer<uint8_t> other(2 * gpu.device().l2_bytes);
+  fill_bytes(other.get(), 0, other.size, gpu.stream());
+  gpu.wait();
+}
+#endif
+
 struct BenchTest {
   Policy policy;
   size_t prompt = 0;  // tokens of prompt to take in, or
@@ -75,26 +133,32 @@ struct BenchTest {
 };
 
 // One repetition, with fixed token ids: what they are does not change the work.
-inline void run_bench_test(BenchTest& t, const Model& model, size_t chunk, Cpu& backend) {
+template <class B>
+void run_bench_test(BenchTest& t, const Model& model, size_t chunk, B& backend) {
   const int bos = std::max(model.config.bos, 0), other = bos == 1 ? 2 : 1;
+  constexpr size_t warm = 2;  // steps before the timed ones: a device records its work in these
   std::vector<int> ids(std::max(t.prompt ? t.prompt : t.depth, size_t(1)), other);
   ids[0] = bos;
-  Engine<Cpu> engine(model, t.policy, {ids.size() + t.gen, 1 + t.gen, chunk}, backend);
+  Engine<B> engine(model, t.policy, {ids.size() + t.gen + warm, 1 + t.gen + warm, chunk}, backend);
+  flush(backend);
   auto prefill = [&] { engine.prefill(ids, ids.size() - 1, [](size_t, const float*) {}); };
   if (t.prompt) {
     t.seconds.push_back(seconds_of(prefill));
     t.counted = engine.counted();
   } else {
     prefill();
+    for (size_t i = 0; i < warm; ++i) engine.decode_greedy(other);
     const Counters before = engine.counted();
     t.seconds.push_back(seconds_of([&] {
-      for (size_t i = 0; i < t.gen; ++i) engine.decode(other);
+      for (size_t i = 0; i < t.gen; ++i) engine.decode_greedy(other);
     }));
     t.counted = engine.counted() - before;
   }
 }
 
-inline Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ceilings, const std::string& commit) {
+template <class B>
+Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ceilings, const std::string& commit,
+                  const B& backend) {
   Table table({{"test", "test"},
                {"policy", ""},
                {"name", "policy"},
@@ -119,8 +183,6 @@ inline Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ce
                {"threads", ""},
                {"peak_bytes", ""},
                {"commit", ""}});
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
   auto mean = [](const std::vector<double>& v) { return std::accumulate(v.begin(), v.end(), 0.0) / double(v.size()); };
   auto deviation = [&](const std::vector<double>& v) {
     double sum = 0;
@@ -157,15 +219,16 @@ inline Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ce
                ceilings.gflops,
                ceilings.gbps,
                floor * 1e9,
-               Cpu::name,
+               B::name,
                omp_get_max_threads(),
-               uint64_t(usage.ru_maxrss) * 1024,
+               peak_bytes(backend),
                commit});
   }
   return table;
 }
 
-inline int run_bench(const Options& o, json& record) {
+template <class B>
+int run_bench(const Options& o, json& record, B& backend) {
   if (!o.model.empty() && !o.shape.empty()) throw Error(2, "-m, --shape", "both given", "use one of them");
   std::optional<Model> model;
   if (o.shape.empty()) {
@@ -175,7 +238,8 @@ inline int run_bench(const Options& o, json& record) {
       if (s.name == o.shape) model.emplace(s);
   }
   model->need_weights();
-  Cpu backend(o.threads);
+  if constexpr (std::is_same_v<B, Cpu>)
+    if (!model->has_file()) model->make_weights();
   const Config& c = model->config;
   std::vector<BenchTest> tests;
   const auto prompts = read_numbers(o.prompts, "-p"), depths = read_numbers(o.depths, "--depth");
@@ -190,7 +254,7 @@ inline int run_bench(const Options& o, json& record) {
                   "a test of " + std::to_string(t.prompt + t.depth + t.gen) + " tokens exceeds the model's " +
                       std::to_string(c.context),
                   "shorten it");
-  Ceilings ceilings = measure_ceilings();
+  Ceilings ceilings = measure_ceilings(backend, c.shape);
   Progress progress("bench");
   for (int round = -1; round < o.repetitions; ++round)  // round -1 is not counted: it brings the weights into memory
     for (size_t i = 0; i < tests.size(); ++i) {
@@ -201,16 +265,15 @@ inline int run_bench(const Options& o, json& record) {
     }
   progress.clear();
   // Again, because a shared machine changes: a ceiling is the best seen.
-  const Ceilings after = measure_ceilings();
+  const Ceilings after = measure_ceilings(backend, c.shape);
   ceilings = {std::max(ceilings.gflops, after.gflops), std::max(ceilings.gbps, after.gbps)};
-  const Table table = bench_table(tests, ceilings, SPEED_COMMIT);
+  const Table table = bench_table(tests, ceilings, SPEED_COMMIT, backend);
   if (o.format == "json") {
     std::cout << table.rows_as_json().dump(2) << "\n";
   } else {
     if (o.format == "text")
-      std::cout << c.shape.name << ", " << omp_get_max_threads() << " threads of " << processor() << ", OpenBLAS "
-                << openblas_get_corename() << "\nceilings here: " << fixed(ceilings.gflops, 0)
-                << " GFLOP/s fp32 products, " << fixed(ceilings.gbps, 1) << " GB/s read; each test " << o.repetitions
+      std::cout << c.shape.name << ", " << hardware(backend) << "\nceilings here: " << fixed(ceilings.gflops, 0)
+                << " GFLOP/s of products, " << fixed(ceilings.gbps, 1) << " GB/s read; each test " << o.repetitions
                 << " times, in turn\n\n";
     table.print(std::cout, o.format);
   }

@@ -6,19 +6,19 @@
 namespace speed {
 
 // A conversation. The caches stay between turns; what was said is also kept as ids, so that another K can take it over.
+template <class B>
 class Conversation {
  public:
-  Conversation(const Options& o, const Model& model)
-      : o_(o), model_(model), chat_(chat_template(model)), backend_(o.threads), policy_(make_policy(o, model.config)) {
+  Conversation(const Options& o, const Model& model, B& backend)
+      : o_(o), model_(model), chat_(chat_template(model)), backend_(backend), policy_(make_policy(o, model.config)) {
     context_ = context_for(o, model.config, 0, std::min<size_t>(4096, size_t(model.config.context)));
     note_if_not_adapted({policy_}, model.config);
-    restart();
+    restart(true);
   }
 
   // Reads turns until the input ends, or Ctrl-C ends it. Returns what each turn took in and drew.
   json run() {
     const bool terminal = ::isatty(0) && ::isatty(2);
-    print_banner(model_, *engine_);
     if (terminal) std::cerr << context_ << " tokens of context; " << commands << "\n";
     for (std::string line; !interrupted;) {
       if (terminal) std::cerr << "> " << std::flush;
@@ -106,30 +106,31 @@ class Conversation {
   }
 
   // Under SPEED an upper layer holds one turn's answer, or with --keep-answers all of them.
-  void restart() {
+  void restart(bool banner = false) {
     engine_.reset();
     const size_t decode =
         o_.keep_answers ? context_ : std::min<size_t>(context_, chat_.answer("").size() + size_t(o_.n));
-    engine_ = std::make_unique<Engine<Cpu>>(model_, policy_, Limits{context_, decode, size_t(o_.chunk)}, backend_);
+    engine_.reset(new Engine<B>(make_engine(model_, policy_, context_, decode, o_, backend_, banner)));
   }
 
   Options o_;
   const Model& model_;
   const ChatTemplate& chat_;
-  Cpu backend_;
+  B& backend_;
   Policy policy_;
   size_t context_ = 0;
-  std::unique_ptr<Engine<Cpu>> engine_;
+  std::unique_ptr<Engine<B>> engine_;
   bool started_ = false;
   std::vector<int> history_;  // ids in the caches
   std::vector<int> said_;     // ids that belong to the conversation but are not in the caches yet
   json turns_ = json::array();
 };
 
-inline int run_chat(const Options& o, json& record) {
+template <class B>
+int run_chat(const Options& o, json& record, B& backend) {
   const Model model = load(o);
   model.need_weights();
-  record["turns"] = Conversation(o, model).run();
+  record["turns"] = Conversation<B>(o, model, backend).run();
   return 0;
 }
 

@@ -133,7 +133,24 @@ struct Counters {
   }
 };
 
+inline Error not_a_number() {
+  return Error(1, "logits", "not a number", "the weights are damaged: export the checkpoint again");
+}
+
+// The id of the largest logit, the first of equals. A NaN anywhere is an error, never an answer.
+inline int arg_max(const float* logits, size_t vocab) {
+  size_t best = 0;
+  bool nan = false;
+  for (size_t i = 0; i < vocab; ++i) {
+    nan |= std::isnan(logits[i]);
+    if (logits[i] > logits[best]) best = i;
+  }
+  if (nan) throw not_a_number();
+  return int(best);
+}
+
 struct Cpu {
+  using Residual = float;
   using Activation = float;
   using CacheValue = float;
   static constexpr const char* name = "cpu";
@@ -161,6 +178,33 @@ struct Cpu {
     openblas_set_num_threads(1);  // OpenMP makes the threads, each calls a product of its own
     if (threads > 0) omp_set_num_threads(threads);
   }
+
+  // ---- memory: all of it is the host's, and weights are used where they lie ----
+
+  void check(const Shape&) const {}  // any shape will do
+  uint64_t bytes_to_load(const Model&) const { return 0; }
+  const Weights& load(const Model& model) { return model.weights; }
+  uint64_t available_memory() const { return speed::available_memory(); }
+  template <class T>
+  void upload(T* to, const T* from, size_t n) {
+    std::copy_n(from, n, to);
+  }
+  template <class T>
+  void download(T* to, const T* from, size_t n) {
+    std::copy_n(from, n, to);
+  }
+  // Where the host can read n values until the next call.
+  const float* on_host(const float* p, size_t) { return p; }
+  void wait() {}  // until all that was asked for is done
+
+  // The work of one generated token, the same each time but for what upload() brought.
+  struct Step {};
+  template <class Work>
+  void replay(Step&, Work work) {
+    work();
+  }
+
+  // ---- operations ----
 
   // x[r] = table[ids[r]]          table [V, d]; ids [n]; x [n, d]
   void embed(float* x, const bf16* table, const int* ids, size_t n, size_t d) {
@@ -206,6 +250,32 @@ struct Cpu {
                   add ? 1 : 0, y + o, int(out));
     }
   }
+
+  // Queries: q = rope(a wq^T)          a [n, d]; wq [n_heads head_dim, d]; cos, sin [n, head_dim/2]
+  void queries(float* q, const float* a, const bf16* wq, const float* cos, const float* sin, size_t n, size_t d,
+               size_t n_heads, size_t head_dim) {
+    matmul(q, a, wq, n, d, n_heads * head_dim);
+    rope(q, cos, sin, n, n_heads, head_dim);
+  }
+
+  // Keys rope(a wk^T) and values a wv^T, appended to a cache; k, v [n, n_kv_heads, head_dim] are room for them.
+  void keys_values(LayerCache<float>& cache, float* k, float* v, const float* a, const bf16* wk, const bf16* wv,
+                   const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
+    matmul(k, a, wk, n, d, n_kv_heads * head_dim);
+    matmul(v, a, wv, n, d, n_kv_heads * head_dim);
+    rope(k, cos, sin, n, n_kv_heads, head_dim);
+    append(cache, k, v, n, n_kv_heads, head_dim);
+  }
+
+  // gate = silu(a wg^T) * (a wu^T)          a [n, d]; wg, wu [f, d]; gate, up [n, f], up is room
+  void gated(float* gate, float* up, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
+    matmul(gate, a, wg, n, d, f);
+    matmul(up, a, wu, n, d, f);
+    swiglu(gate, up, n * f);
+  }
+
+  // *best = the id of the largest of logits [vocab], the first of equals; an error where one is NaN
+  void arg_max(int* best, const float* logits, size_t vocab) { *best = speed::arg_max(logits, vocab); }
 
   // cos, sin [n, half] of position * frequency          frequencies [half]; positions [n]
   // The angle is formed in fp32, as Hugging Face does: float64 would be truer, and differ by 3e-6 at 600 tokens.
@@ -420,18 +490,6 @@ struct Sampling {
   float min_p = 0;        // 0: off
   uint64_t seed = 0;
 };
-
-// The id of the largest logit, the first of equals. A NaN anywhere is an error, never an answer.
-inline int arg_max(const float* logits, size_t vocab) {
-  size_t best = 0;
-  bool nan = false;
-  for (size_t i = 0; i < vocab; ++i) {
-    nan |= std::isnan(logits[i]);
-    if (logits[i] > logits[best]) best = i;
-  }
-  if (nan) throw Error(1, "logits", "not a number", "the weights are damaged: export the checkpoint again");
-  return int(best);
-}
 
 // Draws a token: the most likely top_k; of these the fewest whose probabilities reach top_p (Holtzman et al., arXiv
 // 1904.09751); of these the ones at least min_p times as likely as the likeliest; from what is left by softmax(logits /

@@ -1,6 +1,6 @@
 // forward.h - the story: how tokens go through the layers under a policy.
 //
-// Written once, as a template over the backend that does the arithmetic (cpu.h). Tokens come in as rows; at every layer
+// Written once, as a template over the backend that does the arithmetic (cpu.h, gpu.cuh). Tokens come in as rows; at every layer
 // the policy says which rows leave keys and values there and which go on. Rows are ordered, prompt before tail, so each
 // of the two sets is a suffix of the rows, and "which" is only "from where".
 #pragma once
@@ -31,24 +31,34 @@ struct Limits {
 template <class B>
 class Engine {
  public:
+  using Residual = typename B::Residual;
   using Activation = typename B::Activation;
 
-  // Called after every layer of every chunk, with the residual stream of its rows [rows, hidden] as the layer left it;
-  // `first` is the position of row 0. It may throw to stop the run.
-  std::function<void(int layer, size_t first, size_t rows, const Activation* x)> on_layer;
+  // Called after every layer of every chunk, with the residual stream of its rows [rows, hidden] as the layer left it,
+  // in the backend's memory (on_host brings it); `first` is the position of row 0. It may throw to stop the run. Of a
+  // generated token a device may run all layers later, in one go: then x holds nothing yet.
+  std::function<void(int layer, size_t first, size_t rows, const Residual* x)> on_layer;
+  bool time_layers = false;  // wait for each layer, so that its seconds are its own
   // Receives the logits [vocab] that follow decode-phase token i of the request.
   using Logits = std::function<void(size_t i, const float* logits)>;
 
-  Engine(const Model& model, const Policy& policy, Limits limits, B& backend)
+  // `announce` is called when it is known that the run fits into memory, before any is taken.
+  Engine(const Model& model, const Policy& policy, Limits limits, B& backend,
+         const std::function<void(const Engine&)>& announce = nullptr)
       : model_(model), c_(model.config), s_(c_.shape), policy_(policy), limits_(limits), b_(backend) {
     model.need_weights();
+    b_.check(s_);
     if (!limits_.chunk) limits_.chunk = B::default_chunk;
-    const uint64_t need = bytes_needed(), have = available_memory();
-    if (need > have)
+    limits_.chunk = std::max<size_t>(std::min(limits_.chunk, limits_.context), 1);
+    const uint64_t load = b_.bytes_to_load(model), need = bytes_needed(), have = b_.available_memory();
+    if (load + need > have)
       throw Error(2, "memory",
-                  "this run needs " + std::to_string(need >> 20) + " MiB beside the weights, " +
-                      std::to_string(have >> 20) + " MiB are available",
+                  "this run needs " + std::to_string(need >> 20) + " MiB beside the weights" +
+                      (load ? " of " + std::to_string(load >> 20) + " MiB" : "") + ", " + std::to_string(have >> 20) +
+                      " MiB are available",
                   "use a smaller -c, -n or --chunk");
+    if (announce) announce(*this);
+    w_ = &b_.load(model);
     allocate();
     if (anchored()) make_anchor();
   }
@@ -72,9 +82,17 @@ class Engine {
 
   // One generated token, fed back; its logits are valid until the next call.
   const float* decode(int token) {
-    const float* result = nullptr;
-    prefill(std::span<const int>(&token, 1), 0, [&](size_t, const float* l) { result = l; });
-    return result;
+    step(token, false);
+    return b_.on_host(logits_.get(), s_.vocab);
+  }
+
+  // The same, for the likeliest next token: its logits stay where they were made.
+  int decode_greedy(int token) {
+    step(token, true);
+    int best = 0;
+    b_.download(&best, best_.get(), 1);
+    if (best < 0) throw not_a_number();
+    return best;
   }
 
   // Ends a turn: what was decode-phase is prompt from now on. Where a cache holds no prompt tokens, answers leave it
@@ -94,25 +112,33 @@ class Engine {
   }
   const LayerCache<typename B::CacheValue>& cache(int l) const { return caches_[policy_.cache_of(l)]; }
   uint64_t kv_bytes_allocated() const { return kv_bytes_; }
+  uint64_t kv_bytes_needed() const { return kv_capacity_bytes(); }
   const Policy& policy() const { return policy_; }
 
   // Memory beside the weights, in bytes: caches, activations, logits.
   uint64_t bytes_needed() const {
     const uint64_t rows = limits_.chunk + ride_along;
-    const uint64_t activations =
-        rows * (2 * s_.hidden + 2 * s_.q_width() + 2 * s_.kv_width() + 2 * uint64_t(s_.mlp) + s_.head_dim);
-    return kv_capacity_bytes() + activations * sizeof(Activation) + head_rows * s_.vocab * sizeof(float);
+    const uint64_t activations = s_.hidden + 2 * s_.q_width() + 2 * s_.kv_width() + 2 * uint64_t(s_.mlp);
+    return kv_capacity_bytes() + head_rows * s_.vocab * sizeof(float) +
+           rows * (s_.hidden * sizeof(Residual) + activations * sizeof(Activation) + s_.head_dim * sizeof(float));
   }
 
   // For the test of what a prompt leaves behind: overwrites all that no later token may read.
   void poison(float value) {
-    auto fill = [&](auto& buffer) { std::fill_n(buffer.get(), buffer.size, value); };
+    auto put = [&](auto* p, size_t n) {
+      using T = std::remove_pointer_t<decltype(p)>;
+      T v;
+      if constexpr (std::is_same_v<T, bf16>) v.bits = uint16_t(std::bit_cast<uint32_t>(value) >> 16);
+      else v = value;
+      b_.upload(p, std::vector<T>(n, v).data(), n);
+    };
+    auto fill = [&](auto& buffer) { put(buffer.get(), buffer.size); };
     fill(x_), fill(a_), fill(q_), fill(o_), fill(k_), fill(v_), fill(gate_), fill(up_);
     for (auto& c : caches_)
       for (size_t h = 0; h < size_t(c.k ? s_.n_kv_heads : 0); ++h) {
         const size_t from = (h * c.capacity + c.used) * s_.head_dim, n = (c.capacity - c.used) * s_.head_dim;
-        std::fill_n(c.k + from, n, value);
-        std::fill_n(c.v + from, n, value);
+        put(c.k + from, n);
+        put(c.v + from, n);
       }
   }
 
@@ -124,11 +150,25 @@ class Engine {
   // A chunk: rows [0, prompt) are prompt tokens, the others decode-phase; returns how many of these there are, and
   // leaves their final residuals at the end of x_.
   size_t run(std::span<const int> tokens, size_t prompt) {
-    const size_t n = tokens.size(), d = s_.hidden;
-    b_.embed(x_.get(), model_.weights.embedding, tokens.data(), n, d);
-    for (size_t i = 0; i < n; ++i) positions_[i] = int(position_ + i);
-    b_.rope_angles(cos_.get(), sin_.get(), frequencies_.data(), positions_.data(), n, s_.head_dim / 2);
     if (position_ == 0 && prompt > 0) place_anchor();
+    place(tokens);
+    pass(tokens.size(), prompt);
+    return tokens.size() - prompt;
+  }
+
+  // Tells the backend what differs from call to call: tokens, their positions, and the slots that each cache has in use.
+  void place(std::span<const int> tokens) {
+    const size_t n = tokens.size(), L = s_.n_layers;
+    host_place_.resize(L + 2 * n);
+    for (size_t l = 0; l < L; ++l) host_place_[l] = int(caches_[l].begin = caches_[l].used);
+    for (size_t i = 0; i < n; ++i) host_place_[L + i] = tokens[i], host_place_[L + n + i] = int(position_ + i);
+    b_.upload(place_.get(), host_place_.data(), host_place_.size());
+  }
+
+  void pass(size_t n, size_t prompt) {
+    const int *tokens = place_.get() + s_.n_layers, *positions = tokens + n;
+    b_.embed(x_.get(), w_->embedding, tokens, n, s_.hidden);
+    b_.rope_angles(cos_.get(), sin_.get(), frequencies_.get(), positions, n, s_.head_dim / 2);
     for (int l = 0; l < s_.n_layers; ++l) {
       if (l == policy_.k && policy_.from_shared_state(l)) leave_shared_state(n);
       count_into(stats_[l], [&] { layer(l, n, prompt); });
@@ -136,12 +176,23 @@ class Engine {
     }
     position_ += n;
     rows_ = n;
-    return n - prompt;
+  }
+
+  // A generated token's pass, up to its logits, and to the likeliest of them.
+  void step(int token, bool greedy) {
+    const std::span<const int> tokens(&token, 1);
+    check_ids(tokens, 0);
+    place(tokens);
+    b_.replay(steps_[greedy], [&] {
+      pass(1, 0);
+      head(0, 1);
+      if (greedy) b_.arg_max(best_.get(), logits_.get(), s_.vocab);
+    });
   }
 
   // One layer. Rows [leave, n) leave keys and values in its cache; rows [go, n) go through it.
   void layer(int l, size_t n, size_t prompt) {
-    const LayerWeights& w = model_.weights.layers[l];
+    const LayerWeights& w = w_->layers[l];
     const size_t d = s_.hidden, q = s_.q_width(), f = s_.mlp, e = s_.head_dim;
     const bool shared = policy_.from_shared_state(l);
     const size_t leave = !policy_.has_cache(l) || shared ? n : policy_.holds_prompt(l) ? 0 : prompt;
@@ -152,56 +203,60 @@ class Engine {
 
     if (first == n) return;  // nobody will read these rows from here on
 
-    Activation *x = x_.get() + go * d, *a = a_.get();
+    Residual* x = x_.get() + go * d;
+    Activation* a = a_.get();
     b_.rmsnorm(a + first * d, x_.get() + first * d, w.attention_norm, n - first, d, c_.rms_norm_eps);
     if (leave < n) leave_kv(l, a + leave * d, leave, n, w.wk, w.wv);
     if (m == 0) return;
 
     auto& cache = caches_[policy_.cache_of(l)];
-    b_.matmul(q_.get(), a + go * d, shared ? w.swiftkv_wq : w.wq, m, d, q);
-    b_.rope(q_.get(), cos_.get() + go * e / 2, sin_.get() + go * e / 2, m, s_.n_heads, e);
+    b_.queries(q_.get(), a + go * d, shared ? w.swiftkv_wq : w.wq, cos_.get() + go * e / 2, sin_.get() + go * e / 2, m,
+               d, s_.n_heads, e);
     b_.attention(o_.get(), q_.get(), cache, m, cache.used - m + 1, s_.n_heads, s_.n_kv_heads, e);
     b_.matmul(x, o_.get(), w.wo, m, q, d, true);
 
     b_.rmsnorm(a, x, w.mlp_norm, m, d, c_.rms_norm_eps);
-    b_.matmul(gate_.get(), a, w.gate, m, d, f);
-    b_.matmul(up_.get(), a, w.up, m, d, f);
-    b_.swiglu(gate_.get(), up_.get(), m * f);
+    b_.gated(gate_.get(), up_.get(), a, w.gate, w.up, m, d, f);
     b_.matmul(x, gate_.get(), w.down, m, f, d, true);
   }
 
   // Keys and values of rows [from, n), made from their normed states a, into layer l's cache. A product of their own,
   // whether or not queries follow: a library picks its kernel by shape, and equal caches must be equal bit for bit.
   void leave_kv(int l, const Activation* a, size_t from, size_t n, const bf16* wk, const bf16* wv) {
-    const size_t rows = n - from, kv = s_.kv_width(), e = s_.head_dim;
-    b_.matmul(k_.get(), a, wk, rows, s_.hidden, kv);
-    b_.matmul(v_.get(), a, wv, rows, s_.hidden, kv);
-    b_.rope(k_.get(), cos_.get() + from * e / 2, sin_.get() + from * e / 2, rows, s_.n_kv_heads, e);
-    b_.append(caches_[l], k_.get(), v_.get(), rows, s_.n_kv_heads, e);
+    const size_t rows = n - from, angles = from * s_.head_dim / 2;
+    b_.keys_values(caches_[l], k_.get(), v_.get(), a, wk, wv, cos_.get() + angles, sin_.get() + angles, rows, s_.hidden,
+                   s_.n_kv_heads, s_.head_dim);
     stats_[l].kv_rows += rows;
   }
 
   // SwiftKV: the state that enters layer K, normed once, leaves the keys and values of every group above.
   void leave_shared_state(size_t n) {
     count_into(stats_[policy_.k],
-               [&] { b_.rmsnorm(a_.get(), x_.get(), model_.weights.swiftkv_norm, n, s_.hidden, c_.rms_norm_eps); });
+               [&] { b_.rmsnorm(a_.get(), x_.get(), w_->swiftkv_norm, n, s_.hidden, c_.rms_norm_eps); });
     for (int l = policy_.k; l < s_.n_layers; ++l) {
-      const LayerWeights& w = model_.weights.layers[l];
+      const LayerWeights& w = w_->layers[l];
       if (policy_.has_cache(l)) count_into(stats_[l], [&] { leave_kv(l, a_.get(), 0, n, w.swiftkv_wk, w.swiftkv_wv); });
     }
   }
 
   // Final norm and output head for the last `count` rows of the chunk.
   void head(size_t count, const Logits& logits) {
-    head_stats_.tail_rows += count;
     for (size_t i = 0; i < count; i += head_rows) {
-      const size_t m = std::min(head_rows, count - i), d = s_.hidden;
-      count_into(head_stats_, [&] {
-        b_.rmsnorm(a_.get(), x_.get() + (rows_ - count + i) * d, model_.weights.final_norm, m, d, c_.rms_norm_eps);
-        b_.matmul(logits_.get(), a_.get(), model_.weights.head, m, d, s_.vocab);
-      });
-      for (size_t r = 0; r < m; ++r) logits(i + r, logits_.get() + r * s_.vocab);
+      const size_t m = std::min(head_rows, count - i);
+      head(rows_ - count + i, m);
+      const float* l = b_.on_host(logits_.get(), m * s_.vocab);
+      for (size_t r = 0; r < m; ++r) logits(i + r, l + r * s_.vocab);
     }
+  }
+
+  // The same for m rows from `row` on, m <= head_rows, into logits_.
+  void head(size_t row, size_t m) {
+    const size_t d = s_.hidden;
+    head_stats_.tail_rows += m;
+    count_into(head_stats_, [&] {
+      b_.rmsnorm(a_.get(), x_.get() + row * d, w_->final_norm, m, d, c_.rms_norm_eps);
+      b_.matmul(logits_.get(), a_.get(), w_->head, m, d, s_.vocab);
+    });
   }
 
   // ---- the anchor ----
@@ -247,15 +302,19 @@ class Engine {
   void allocate() {
     const size_t rows = limits_.chunk + ride_along, kv = s_.kv_width();
     auto room = [&](auto& buffer, size_t n) { buffer = typename B::template Buffer<Activation>(n); };
-    room(x_, rows * s_.hidden), room(a_, rows * s_.hidden);
+    x_ = typename B::template Buffer<Residual>(rows * s_.hidden);
+    room(a_, rows * s_.hidden);
     room(q_, rows * s_.q_width()), room(o_, rows * s_.q_width());
     room(k_, rows * kv), room(v_, rows * kv);
     room(gate_, rows * s_.mlp), room(up_, rows * s_.mlp);
     cos_ = typename B::template Buffer<float>(rows * s_.head_dim / 2);
     sin_ = typename B::template Buffer<float>(rows * s_.head_dim / 2);
     logits_ = typename B::template Buffer<float>(head_rows * s_.vocab);
-    positions_.resize(rows);
-    frequencies_ = rope_frequencies(c_, model_.weights.rope_divisors);
+    best_ = typename B::template Buffer<int>(1);
+    place_ = typename B::template Buffer<int>(s_.n_layers + 2 * rows);
+    const std::vector<float> frequencies = rope_frequencies(c_, model_.weights.rope_divisors);
+    frequencies_ = typename B::template Buffer<float>(frequencies.size());
+    b_.upload(frequencies_.get(), frequencies.data(), frequencies.size());
     stats_.resize(s_.n_layers);
     caches_.resize(s_.n_layers);
     for (int l = 0; l < s_.n_layers; ++l) {
@@ -263,7 +322,12 @@ class Engine {
       const size_t n = capacity(l) * kv;
       cache_memory_.emplace_back(2 * n);
       kv_bytes_ += 2 * n * sizeof(typename B::CacheValue);
-      caches_[l] = {cache_memory_.back().get(), cache_memory_.back().get() + n, capacity(l), 0};
+      caches_[l] = {cache_memory_.back().get(),
+                    cache_memory_.back().get() + n,
+                    capacity(l),
+                    0,
+                    0,
+                    reinterpret_cast<const uint32_t*>(place_.get() + l)};
     }
   }
 
@@ -302,8 +366,10 @@ class Engine {
   template <class Work>
   void count_into(LayerStats& stats, Work work) {
     const Counters before = b_.counters;
+    if (time_layers) b_.wait();
     const auto start = std::chrono::steady_clock::now();
     work();
+    if (time_layers) b_.wait();
     stats.counted += b_.counters - before;
     stats.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
@@ -317,15 +383,19 @@ class Engine {
   const Policy policy_;
   Limits limits_;
   B& b_;
+  const Weights* w_ = nullptr;  // where the backend has them
 
-  Buffer<Activation> x_, a_;                                // [rows, d]    residual stream; normed states
+  Buffer<Residual> x_;                                      // [rows, d]    residual stream
+  Buffer<Activation> a_;                                    // [rows, d]    normed states
   Buffer<Activation> q_, o_;                                // [rows, q]    queries; attention's output
   Buffer<Activation> k_, v_;                                // [rows, kv]
   Buffer<Activation> gate_, up_;                            // [rows, f]
   Buffer<float> cos_, sin_;                                 // [rows, head_dim / 2]
   Buffer<float> logits_;                                    // [head_rows, V]
-  std::vector<int> positions_;                              // [rows]
-  std::vector<float> frequencies_;                          // [head_dim / 2]
+  Buffer<int> best_;                                        // [1]          the likeliest token
+  Buffer<int> place_;                                       // [L + 2 n]    slots in use, tokens, positions
+  std::vector<int> host_place_;                             // the same
+  Buffer<float> frequencies_;                               // [head_dim / 2]
   std::vector<LayerCache<typename B::CacheValue>> caches_;  // [L], empty where a layer reads another's
   std::vector<Buffer<typename B::CacheValue>> cache_memory_;
   std::vector<LayerCache<typename B::CacheValue>> anchor_;  // [L], one slot each
@@ -336,6 +406,7 @@ class Engine {
   size_t rows_ = 0;                // of the last chunk
   std::vector<LayerStats> stats_;  // [L]
   LayerStats head_stats_;
+  typename B::Step steps_[2];  // a generated token's work; with its likeliest successor
 };
 
 }  // namespace speed

@@ -1,7 +1,7 @@
 // generate.h - text from a request, once or under several policies side by side.
 #pragma once
 
-#include "forward.h"
+#include "backend.h"
 #include "request.h"
 
 namespace speed {
@@ -90,7 +90,7 @@ Answer generate(Engine<B>& engine, const Model& model, const Request& r, size_t 
       if (std::find(c.eos.begin(), c.eos.end(), id) != c.eos.end()) break;
       emit(text.push(model.tokenizer->decode(id)));
       if (text.stopped() || a.ids.size() == n) break;
-      id = sampler(engine.decode(id), c.shape.vocab);
+      id = o.temperature == 0 ? engine.decode_greedy(id) : sampler(engine.decode(id), c.shape.vocab);
       ++a.fed;
       a.decode = took(decoding);
     }
@@ -104,20 +104,20 @@ Answer generate(Engine<B>& engine, const Model& model, const Request& r, size_t 
   return a;
 }
 
+// With `banner`, one line before any memory is taken: what runs how, and the memory it takes.
 template <class B>
-Engine<B> make_engine(const Model& model, const Policy& p, size_t context, size_t decode, const Options& o,
-                      B& backend) {
-  return Engine<B>(model, p, {context, decode, size_t(o.chunk)}, backend);
-}
-
-// One line before a run: what runs how, and the memory it takes.
-template <class B>
-void print_banner(const Model& model, const Engine<B>& engine) {
-  const Cost cost{model.config.shape, engine.policy()};
-  std::cerr << model.config.shape.name << ": " << describe(engine.policy()) << ", " << B::name << ", "
-            << omp_get_max_threads() << " threads; memory: " << bytes_text(double(cost.weight_bytes(sizeof(bf16))))
-            << " of weights, " << bytes_text(double(engine.bytes_needed())) << " for this run, of it "
-            << bytes_text(double(engine.kv_bytes_allocated())) << " KV cache\n";
+Engine<B> make_engine(const Model& model, const Policy& p, size_t context, size_t decode, const Options& o, B& backend,
+                      bool banner = false) {
+  auto print = [&](const Engine<B>& engine) {
+    const Cost cost{model.config.shape, p};
+    if (!banner) return;
+    const uint64_t load = backend.bytes_to_load(model);
+    std::cerr << model.config.shape.name << ": " << describe(p) << ", " << B::name << ", " << device_name(backend)
+              << "; memory: " << bytes_text(double(load ? load : cost.weight_bytes(sizeof(bf16)))) << " of weights, "
+              << bytes_text(double(engine.bytes_needed())) << " for this run, of it "
+              << bytes_text(double(engine.kv_bytes_needed())) << " KV cache\n";
+  };
+  return Engine<B>(model, p, {context, decode, size_t(o.chunk)}, backend, print);
 }
 
 inline json answer_record(const Policy& p, size_t N, size_t split, const Answer& a) {
@@ -274,19 +274,18 @@ int compare(const Options& o, const Model& model, const Request& r, B& backend, 
   return 0;
 }
 
-inline int run_generate(const Options& o, json& record) {
+template <class B>
+int run_generate(const Options& o, json& record, B& backend) {
   Model model = load(o);
   const Config& c = model.config;
   model.need_weights();
-  Cpu backend(o.threads);
   const Policy policy = make_policy(o, c);
   const Request r = make_request(o, model);
   if (o.compare) return compare(o, model, r, backend, record);
   const size_t N = r.ids.size(), context = context_for(o, c, N, size_t(o.n)), split = split_under(policy, o, r);
   const size_t n = std::min(size_t(o.n), context - N + 1);
   note_if_not_adapted({policy}, c);
-  Engine<Cpu> engine = make_engine(model, policy, context, std::min(context, N - split + n), o, backend);
-  print_banner(model, engine);
+  Engine<B> engine = make_engine(model, policy, context, std::min(context, N - split + n), o, backend, true);
   const Answer a = generate(engine, model, r, split, n, o, [](const std::string& s) { std::cout << s << std::flush; });
   std::cout << std::endl;
   print_summary(policy, r, split, a);

@@ -101,16 +101,34 @@ struct Weights {
   const float* rope_divisors = nullptr;  // [head_dim / 2], divide the inverse frequencies; null: all one
 };
 
+// Calls visit(tensor, values) for every tensor that a model of this configuration may have, the head of a tied model
+// left out. A file that lacks one has null there.
+template <class Visit>
+void each_weight(const Config& c, Weights& w, Visit visit) {
+  const Shape& s = c.shape;
+  const uint64_t d = s.hidden, q = s.q_width(), kv = s.kv_width(), f = s.mlp, embedding = d * s.vocab;
+  visit(w.embedding, embedding), visit(w.final_norm, d);
+  if (!s.tied) visit(w.head, embedding);
+  if (c.swiftkv_k) visit(w.swiftkv_norm, d);
+  for (LayerWeights& l : w.layers) {
+    visit(l.attention_norm, d), visit(l.wq, d * q), visit(l.wk, d * kv), visit(l.wv, d * kv), visit(l.wo, d * q);
+    visit(l.mlp_norm, d), visit(l.gate, d * f), visit(l.up, d * f), visit(l.down, d * f);
+    if (c.swiftkv_k) visit(l.swiftkv_wq, d * q), visit(l.swiftkv_wk, d * kv), visit(l.swiftkv_wv, d * kv);
+  }
+}
+
 // ---- the cache ----------------------------------------------------------------------------------------------------
-// Keys and values of one layer, T float on a CPU. Slots are filled in order; a slot's keys carry their token's position
+// Keys and values of one layer, T float on a CPU, bf16 on a GPU. Slots are filled in order; a slot's keys carry their token's position
 // by RoPE, so slot and position need not agree.
 
 template <class T>
 struct LayerCache {
-  T* k = nullptr;       // [n_kv_heads, capacity, head_dim]
-  T* v = nullptr;       // [n_kv_heads, capacity, head_dim]
-  size_t capacity = 0;  // slots
-  size_t used = 0;      // slots
+  T* k = nullptr;                          // [n_kv_heads, capacity, head_dim]
+  T* v = nullptr;                          // [n_kv_heads, capacity, head_dim]
+  size_t capacity = 0;                     // slots
+  size_t used = 0;                         // slots
+  size_t begin = 0;                        // slots used before the rows now under way
+  const uint32_t* device_begin = nullptr;  // the same, where a device's kernels read it
 };
 
 // ---- reading a file -----------------------------------------------------------------------------------------------
@@ -312,44 +330,40 @@ class Model {
     if (!config.tokenizer_only) read_weights();
   }
 
-  // A model of this shape with random weights and no tokenizer, for timing. Every weight is its own memory, as in a
-  // file.
+  // A model of this shape without file and tokenizer, for timing. Its weights are random: make_weights() makes them
+  // here, or a device makes its own.
   explicit Model(const Shape& shape) : path_(shape.name) {
     config.shape = shape;
     config.rms_norm_eps = 1e-5f;
     config.rope_theta = 500000;
     config.context = 1 << 17;
     config.bos = 0;
-    const Policy full = full_depth(shape.n_layers);
-    const uint64_t d = shape.hidden, embedding = d * shape.vocab,
-                   bytes = Cost{shape, full}.weight_bytes(sizeof(bf16)) + 2 * embedding;
+    weights.layers.resize(shape.n_layers);
+    each_weight(config, weights, [&](const bf16*&, uint64_t n) { parameters += n; });
+  }
+
+  // Every weight is its own memory, as in a file.
+  void make_weights() {
+    const uint64_t bytes = parameters * sizeof(bf16);
     if (bytes > available_memory())
-      throw Error(2, shape.name,
+      throw Error(2, config.shape.name,
                   std::to_string(bytes >> 20) + " MiB of random weights, " + std::to_string(available_memory() >> 20) +
                       " MiB are available",
                   "choose a smaller --shape");
-    random_ = std::make_unique_for_overwrite<bf16[]>(bytes / sizeof(bf16));
+    random_ = std::make_unique_for_overwrite<bf16[]>(parameters);
     uint64_t state = 1;
-    for (uint64_t i = 0; i < bytes / sizeof(bf16);
-         ++i) {  // about uniform in +-0.03, by a linear congruential generator
+    for (uint64_t i = 0; i < parameters; ++i) {  // about uniform in +-0.03, by a linear congruential generator
       state = state * 6364136223846793005u + 1442695040888963407u;
       random_[i].bits = uint16_t((state >> 63) << 15 | (0x3C00 + (state >> 40 & 0xFF)));
     }
     const bf16* next = random_.get();
-    auto take = [&](uint64_t n) { return std::exchange(next, next + n); };
-    const uint64_t q = shape.q_width(), kv = shape.kv_width(), f = shape.mlp;
-    weights.embedding = take(embedding);
-    weights.head = shape.tied ? weights.embedding : take(embedding);
-    weights.final_norm = take(d);
-    for (int l = 0; l < shape.n_layers; ++l) {
-      LayerWeights w;
-      w.attention_norm = take(d), w.wq = take(d * q), w.wk = take(d * kv), w.wv = take(d * kv), w.wo = take(d * q);
-      w.mlp_norm = take(d), w.gate = take(d * f), w.up = take(d * f), w.down = take(d * f);
-      weights.layers.push_back(w);
-    }
-    parameters = uint64_t(next - random_.get());
+    each_weight(config, weights, [&](const bf16*& w, uint64_t n) { w = std::exchange(next, next + n); });
+    if (config.shape.tied) weights.head = weights.embedding;
   }
 
+  bool has_file() const { return file_ != nullptr; }
+  // One of a kind: two models at the same address, one after the other, can be told apart.
+  uint64_t id() const { return id_; }
   const std::string& path() const { return path_; }
   uint64_t file_bytes() const { return file_ ? file_->size() : 0; }
 
@@ -514,6 +528,8 @@ class Model {
   std::unique_ptr<MappedFile> file_;
   std::unique_ptr<SafeTensors> container_;
   std::unique_ptr<bf16[]> random_;
+  const uint64_t id_ = next_id_++;
+  static inline uint64_t next_id_ = 1;
   const std::string hint_ = "export the checkpoint again with export_weights.py";
 };
 

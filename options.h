@@ -229,10 +229,12 @@ inline void add_flags(CLI::App& app, Options& o) {
 
   group = "Running";
   if (runs) {
-    option("--device", o.device, "NAME", "auto, cpu or cuda")->check(one_of({"auto", "cpu", "cuda"}));
+    option("--device", o.device, "NAME", "auto (a GPU where one answers), cpu or cuda")
+        ->check(one_of({"auto", "cpu", "cuda"}));
     option("-t,--threads", o.threads, "N", "threads (all cores); changes no bit of a result")
         ->check(whole_number(1, 1024));
-    option("--chunk", o.chunk, "N", "rows that go through a layer together (512)")->check(whole_number(1, 1 << 16));
+    option("--chunk", o.chunk, "N", "rows that go through a layer together (512; GPU: 8192)")
+        ->check(whole_number(1, 1 << 16));
   }
   if (in({"trace"})) option("--dump", o.dump, "FILE", "write the hidden states, .safetensors");
   if (in({"plan", "trace", "info", "generate", "bench"}))
@@ -320,8 +322,11 @@ inline std::optional<Options> read_options(int argc, char** argv, const std::str
   if (o.json) o.format = "json";
   if (int(o.has_prompt) + int(!o.file.empty()) + int(o.from_stdin) > 1)
     throw Error(2, "-p, -f, -", "more than one text", "give one of them");
+#ifndef SPEED_CUDA
   if (o.device == "cuda")
-    throw Error(2, "--device cuda", "this program was built for the CPU alone", "use --device cpu");
+    throw Error(2, "--device cuda", "this program was built for the CPU alone",
+                "use --device cpu, or build it with nvcc: make");
+#endif
   return o;
 }
 

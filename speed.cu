@@ -38,7 +38,8 @@ inline void watch_signals() {
 
 // ---- modes --------------------------------------------------------------------------------------------------------
 
-inline int run_logits(const Options& o, json& record) {
+template <class B>
+int run_logits(const Options& o, json& record, B& backend) {
   if (o.out.empty()) throw Error(2, "--out", "where do the logits go?", "add --out x.npy");
   const int sources =
       int(!o.tokens.empty()) + int(!o.tokens_file.empty()) + int(o.has_prompt || !o.file.empty() || o.from_stdin);
@@ -67,8 +68,7 @@ inline int run_logits(const Options& o, json& record) {
     note(std::to_string(N) + " tokens are more than the " + std::to_string(c.context) + " the model was made for");
   const Policy policy = make_policy(o, c);
   note_if_not_adapted({policy}, c);
-  Cpu backend(o.threads);
-  Engine<Cpu> engine = make_engine(model, policy, N, N - S, o, backend);
+  Engine<B> engine = make_engine(model, policy, N, N - S, o, backend);
   Progress progress("logits");
   engine.on_layer = [&](int l, size_t first, size_t rows, const float*) {
     progress.update((double(first) + double(rows) * (l + 1) / c.shape.n_layers) / double(N));
@@ -231,12 +231,7 @@ inline void write_record(const Options& o, int argc, char** argv, json record) {
   record["program"] = version;
   record["command"] = line;
   record["mode"] = o.mode;
-  record["device"] = {{"kind", "cpu"},
-                      {"name", processor()},
-                      {"threads", omp_get_max_threads()},
-                      {"openblas", openblas_get_config()},
-                      {"openblas_core", openblas_get_corename()},
-                      {"compiler", __VERSION__}};
+  if (!record.contains("device")) record["device"] = device_record(Cpu(o.threads));
   record["seed"] = o.seed;
   record["peak_bytes"] = uint64_t(usage.ru_maxrss) * 1024;
   OutputFile out(o.record);
@@ -265,14 +260,15 @@ inline int run(int argc, char** argv) {
   const Options& o = *options;
   json record;
   int code = 0;
-  if (o.mode == "generate") code = run_generate(o, record);
-  if (o.mode == "chat") code = run_chat(o, record);
-  if (o.mode == "logits") code = run_logits(o, record);
+  auto on = [&](auto mode) { return with_backend(o, record, [&](auto& b) { return mode(b); }); };
+  if (o.mode == "generate") code = on([&](auto& b) { return run_generate(o, record, b); });
+  if (o.mode == "chat") code = on([&](auto& b) { return run_chat(o, record, b); });
+  if (o.mode == "logits") code = on([&](auto& b) { return run_logits(o, record, b); });
+  if (o.mode == "bench") code = on([&](auto& b) { return run_bench(o, record, b); });
+  if (o.mode == "trace") code = on([&](auto& b) { return run_trace(o, record, b); });
   if (o.mode == "tokenize") code = run_tokenize(o, record);
   if (o.mode == "info") code = run_info(o, record);
   if (o.mode == "plan") code = run_plan(o, record);
-  if (o.mode == "bench") code = run_bench(o, record);
-  if (o.mode == "trace") code = run_trace(o, record);
   if (!o.record.empty()) write_record(o, argc, argv, record);
   return code;
 }

@@ -25,20 +25,24 @@ inline void write_hidden_states(const std::string& path, const std::vector<std::
   out.finish();
 }
 
-inline int run_trace(const Options& o, json& record) {
+template <class B>
+int run_trace(const Options& o, json& record, B& backend) {
   Model model = load(o);
   const Config& c = model.config;
   const Shape& s = c.shape;
   model.need_weights();
-  Cpu backend(o.threads);
   const Policy policy = make_policy(o, c);
   const Request r = make_request(o, model);
   const size_t N = r.ids.size(), split = split_under(policy, o, r), T = N - split;
   note_if_not_adapted({policy}, c);
-  Engine<Cpu> engine = make_engine(model, policy, N, T, o, backend);
+  Engine<B> engine = make_engine(model, policy, N, T, o, backend);
   std::vector<std::vector<float>> states(o.dump.empty() ? 0 : s.n_layers);
+  engine.time_layers = true;
   engine.on_layer = [&](int l, size_t, size_t rows, const float* x) {
-    if (!o.dump.empty()) states[l].insert(states[l].end(), x, x + rows * s.hidden);
+    if (!o.dump.empty()) {
+      const float* h = backend.on_host(x, rows * s.hidden);
+      states[l].insert(states[l].end(), h, h + rows * s.hidden);
+    }
     if (interrupted) throw Interrupted{};
   };
   engine.prefill(r.ids, split, [](size_t, const float*) {});
@@ -70,7 +74,8 @@ inline int run_trace(const Options& o, json& record) {
   LayerStats all;
   for (int l = 0; l < s.n_layers; ++l) {
     const LayerStats& layer = engine.layers()[l];
-    const uint64_t kv = policy.has_cache(l) ? engine.cache(l).used * cost.slot_bytes(sizeof(Cpu::CacheValue)) : 0;
+    const uint64_t kv =
+        policy.has_cache(l) ? engine.cache(l).used * cost.slot_bytes(sizeof(typename B::CacheValue)) : 0;
     add(l, layer, policy.cache_of(l), engine.cache(l).used, cost.prefill_layer_flops(l, N, T), kv);
     all.counted += layer.counted;
     all.seconds += layer.seconds;

@@ -1,0 +1,81 @@
+// backend.h - the device that --device names.
+#pragma once
+
+#include <sys/resource.h>
+
+#include "forward.h"
+#include "options.h"
+#include "report.h"
+#ifdef SPEED_CUDA
+#include "gpu.cuh"
+#endif
+
+namespace speed {
+
+inline std::string device_name(const Cpu&) { return std::to_string(omp_get_max_threads()) + " threads"; }
+inline std::string hardware(const Cpu&) {
+  return std::to_string(omp_get_max_threads()) + " threads of " + processor() + ", OpenBLAS " + openblas_get_corename();
+}
+inline uint64_t peak_bytes(const Cpu&) {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return uint64_t(usage.ru_maxrss) * 1024;
+}
+inline json device_record(const Cpu&) {
+  return {{"kind", "cpu"},
+          {"name", processor()},
+          {"threads", omp_get_max_threads()},
+          {"openblas", openblas_get_config()},
+          {"openblas_core", openblas_get_corename()},
+          {"compiler", __VERSION__}};
+}
+
+#ifdef SPEED_CUDA
+inline std::string device_name(const Gpu& gpu) { return gpu.device().name; }
+inline std::string hardware(const Gpu& gpu) { return gpu.device().name; }
+inline uint64_t peak_bytes(const Gpu&) { return Gpu::peak_bytes(); }
+inline json device_record(const Gpu& gpu) {
+  const Device& d = gpu.device();
+  auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  return {{"kind", "cuda"},
+          {"name", d.name},
+          {"compute_capability", std::to_string(d.major) + "." + std::to_string(d.minor)},
+          {"multiprocessors", d.multiprocessors},
+          {"memory_bytes", d.total_bytes},
+          {"l2_bytes", d.l2_bytes},
+          {"driver_cuda", version(d.driver)},
+          {"toolkit_cuda", version(d.runtime)},
+          {"peak_bytes", Gpu::peak_bytes()},
+          {"compiler", __VERSION__}};
+}
+#endif
+
+// Calls work(backend) with the device that the flags name: under auto a GPU where one answers. What it is goes into the
+// run record.
+template <class Work>
+int with_backend(const Options& o, json& record, Work work) {
+  auto run = [&](auto& backend) {
+    const int code = work(backend);
+    record["device"] = device_record(backend);
+    return code;
+  };
+#ifdef SPEED_CUDA
+  if (o.device != "cpu") {
+    std::unique_ptr<Gpu> gpu;
+    try {
+      gpu = std::make_unique<Gpu>();
+    } catch (const Error&) {
+      if (o.device == "cuda") throw;
+    }
+    if (gpu) {
+      Progress progress("weights");
+      gpu->on_load = [&](double share) { share < 1 ? progress.update(share) : progress.clear(); };
+      return run(*gpu);
+    }
+  }
+#endif
+  Cpu cpu(o.threads);
+  return run(cpu);
+}
+
+}  // namespace speed
