@@ -1130,8 +1130,8 @@ def main(arguments):
     except Failure as failure:
         return fail(failure, failure.code)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}; free the space or the permission it needs, nothing was written")
+        return fail(f"{error.filename or options.out}: {error.strerror or error}; free the space or the permission it "
+                    "needs, nothing was written")
     except (MemoryError, RecursionError):
         return fail(f"{options.checkpoint}: it takes more memory than there is; get the file again if it is not that "
                     "large, nothing was written")

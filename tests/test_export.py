@@ -783,6 +783,12 @@ class NoHalfWrittenFile(Case):
                              (128 + number, "", "export_weights.py: interrupted; nothing was written\n"))
             self.assertEqual([p.name for p in self.folder.iterdir()], ["model"])
 
+    def test_a_second_signal_does_not_stop_the_tidying_up(self):
+        with mock.patch.object(signal, "signal") as set_handler, self.assertRaises(KeyboardInterrupt):
+            export_weights.stop(signal.SIGINT, None)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            set_handler.assert_any_call(number, signal.SIG_IGN)
+
     def test_standard_output(self):
         self.write()
         command = f"{sys.executable} {ROOT / 'export_weights.py'} {self.checkpoint} {self.out}"
@@ -803,7 +809,7 @@ class NoHalfWrittenFile(Case):
         done = subprocess.run([sys.executable, ROOT / "export_weights.py", self.checkpoint, self.out],
                               capture_output=True, preexec_fn=limit, text=True)
         self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, r"\Aexport_weights\.py: [^\n]+\n\Z")
+        self.assertRegex(done.stderr, r"\Aexport_weights\.py: [^\n]+out\.safetensors: File too large; [^\n]+\n\Z")
         self.assertEqual([p.name for p in self.folder.iterdir()], ["model"])
 
     def test_not_as_written(self):
@@ -880,6 +886,8 @@ class ChatTemplates(Case):
             self.assertIsNotNone(self.recognised(self.CHATML.replace("Help.", 16384 * "x")))
         took = resource.getrusage(resource.RUSAGE_CHILDREN)
         self.assertLess(took.ru_utime + took.ru_stime - began.ru_utime - began.ru_stime, 15)
+        here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.assertLessEqual(took.ru_maxrss, max(began.ru_maxrss, here + (256 << 10)))  # KiB
 
     def test_where_it_is_read_from(self):
         self.write()
