@@ -6,6 +6,7 @@
 #include "bench.h"
 #include "conversation.h"
 #include "generate.h"
+#include "perplexity.h"
 #include "trace.h"
 
 namespace speed {
@@ -268,6 +269,7 @@ inline int run(int argc, char** argv) {
   if (o.mode == "generate") code = run_generate(o, record);
   if (o.mode == "chat") code = run_chat(o, record);
   if (o.mode == "logits") code = run_logits(o, record);
+  if (o.mode == "perplexity") code = run_perplexity(o, record);
   if (o.mode == "tokenize") code = run_tokenize(o, record);
   if (o.mode == "info") code = run_info(o, record);
   if (o.mode == "plan") code = run_plan(o, record);
