@@ -143,7 +143,25 @@ inline Quality summarize(const std::vector<TokenScore>& scores) {
   return q;
 }
 
-inline Table quality_table(const std::vector<Policy>& policies, const std::vector<std::vector<TokenScore>>& scores) {
+// What the policy does for the prompts of all pieces, up to the first answer token, and what its caches then hold at the
+// end of each, answer included.
+struct Work {
+  uint64_t prefill_flops = 0, kv_bytes = 0;
+};
+
+inline Work work_of(const Shape& shape, const Policy& p, const std::vector<Piece>& pieces, uint64_t bytes_per_value) {
+  const Cost cost{shape, p};
+  Work w;
+  for (const Piece& piece : pieces) {
+    const uint64_t prompt = piece.ids.size() - piece.answer;
+    w.prefill_flops += cost.prefill_flops(prompt, prompt - piece.split);
+    w.kv_bytes += cost.kv_bytes(piece.split, piece.ids.size() - 1 - piece.split, bytes_per_value);
+  }
+  return w;
+}
+
+inline Table quality_table(const std::vector<Policy>& policies, const std::vector<std::vector<TokenScore>>& scores,
+                           const std::vector<Work>& work) {
   Table table({{"policy", ""},
                {"k", ""},
                {"bos", ""},
@@ -153,7 +171,9 @@ inline Table quality_table(const std::vector<Policy>& policies, const std::vecto
                {"ppl_stderr", "+-"},
                {"kl_mean", "KL"},
                {"kl_p99", "KL 99 %"},
-               {"same_top1", "same top-1"}});
+               {"same_top1", "same top-1"},
+               {"prefill_flops", "prompt work"},
+               {"kv_bytes", "KV cache"}});
   for (size_t j = 0; j < policies.size(); ++j) {
     const Policy& p = policies[j];
     const Quality q = summarize(scores[j]);
@@ -167,7 +187,9 @@ inline Table quality_table(const std::vector<Policy>& policies, const std::vecto
                {one ? json() : json(q.ppl_stderr), one ? "-" : fixed(q.ppl_stderr, 3)},
                {q.kl_mean, fixed(q.kl_mean, 4)},
                {q.kl_p99, fixed(q.kl_p99, 4)},
-               {q.same_top1, fixed(100 * q.same_top1, 1) + " %"}});
+               {q.same_top1, fixed(100 * q.same_top1, 1) + " %"},
+               {work[j].prefill_flops, flops_text(double(work[j].prefill_flops))},
+               {work[j].kv_bytes, bytes_text(double(work[j].kv_bytes))}});
   }
   return table;
 }
@@ -239,7 +261,9 @@ inline int run_perplexity(const Options& o, json& record) {
   note_if_not_adapted(policies, c);
   Cpu backend(o.threads);
   const auto scores = score_pieces(model, policies, pieces, o, backend);
-  const Table table = quality_table(policies, scores);
+  std::vector<Work> work;
+  for (const Policy& p : policies) work.push_back(work_of(c.shape, p, pieces, sizeof(Cpu::CacheValue)));
+  const Table table = quality_table(policies, scores, work);
   if (o.format == "text")
     std::cout << c.shape.name << ": " << scores[0].size() << " tokens scored, in " << pieces.size()
               << (pieces.size() == 1 ? " piece of " : " pieces of ") << longest - scored << " prompt and " << scored

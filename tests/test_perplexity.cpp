@@ -74,9 +74,10 @@ TEST_CASE("scores and their summary equal the definitions", "[perplexity]") {
   const Model m("models/small.safetensors");
   const Config& c = m.config;
   const auto text = m.tokenizer->encode(story(), false);
-  const auto pieces = cut(text, c.bos, 40, 24);
+  auto pieces = cut(text, c.bos, 40, 24);
   REQUIRE(pieces.size() > 2);
   REQUIRE(pieces.back().answer != pieces[0].answer);
+  pieces[1].split -= 5;  // as a chat's header: decode-phase, and not scored
   const std::vector<Policy> policies = {full_depth(8),
                                         policy(Method::speed, 8, 2),
                                         policy(Method::speed, 8, 2, false),
@@ -122,6 +123,26 @@ TEST_CASE("scores and their summary equal the definitions", "[perplexity]") {
       CHECK(q.kl_mean > 10 * bound);
       CHECK(q.same_top1 < 1);
     }
+  }
+}
+
+TEST_CASE("the work beside the scores is what an engine counts", "[perplexity]") {
+  const Model m("models/small.safetensors");
+  const auto pieces = cut(m.tokenizer->encode(story(), false), m.config.bos, 40, 24);
+  for (const Policy& p : {full_depth(8), policy(Method::speed, 8, 2), policy(Method::pop, 8, 3)}) {
+    uint64_t flops = 0, bytes = 0;
+    for (const Piece& piece : pieces) {
+      Cpu cpu;
+      Engine<Cpu> engine(m, p, {piece.ids.size(), piece.ids.size() - piece.split, 512}, cpu);
+      const size_t prompt = piece.ids.size() - piece.answer;
+      engine.prefill(std::span(piece.ids).first(prompt), piece.split, [](size_t, const float*) {});
+      flops += engine.counted().flops;
+      for (size_t i = prompt; i + 1 < piece.ids.size(); ++i) engine.decode(piece.ids[i]);
+      bytes += kv_bytes_used(engine, m.config.shape);
+    }
+    const Work w = work_of(m.config.shape, p, pieces, sizeof(float));
+    CHECK(w.prefill_flops == flops);
+    CHECK(w.kv_bytes == bytes);
   }
 }
 

@@ -18,7 +18,7 @@ if [ ! -e "$venv/done" ]; then
   "$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r tests/hf/requirements.txt
   touch "$venv/done"
 fi
-for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py; do
+for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py tests/hf/test_perplexity.py; do
   echo "== $test"
   "$venv/bin/python" "$test"
 done
