@@ -31,6 +31,7 @@ CACHE = Path(os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOM
 LINES = ["speed, BoS on", "speed, BoS off", "pop", "share"]
 RESAMPLES = 2000
 MEASURES = {"kl": "KL, nats a token", "same": "same top-1, %", "exact": "looked up, %"}
+LEAST = 1e-4  # KL that is drawn
 
 
 # ---- questions: dicts of kind, text, answer (a pattern, or None) and closed (the question without its passage) ---------
@@ -122,9 +123,12 @@ def ask(speed, q, specs, n):
     return dict(out, seconds=round(time.monotonic() - began, 2), program=record["program"], device=record["device"])
 
 
-def ask_all(speed, questions, specs, lengths, path, jobs):
-    """Answers in the order of `questions`; those in `path` are not asked again."""
+def ask_all(speed, questions, specs, lengths, path, jobs, so_far):
+    """Answers in the order of `questions`; those in `path` are not asked again, with so_far none is."""
     done = {}
+    if path.exists() and so_far:
+        done = {r["i"]: r for r in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
+        return [done[i] for i in sorted(done)]
     if path.exists():
         kept = path.read_bytes().split(b"\n")[:-1]
         done = {r["i"]: r for r in map(json.loads, kept)}
@@ -267,14 +271,15 @@ def plot(results, path):
                 rows = [r for r in results["summary"] if line_and_k(r["spec"], results["layers"])[0] == line]
                 if not rows:
                     continue
-                values = [max(r[m], 1e-4) if m == "kl" else r[m] for r in rows]
-                error = [[max(v - max(r[f"{m}_95"][0], 1e-4 if m == "kl" else 0), 0) for v, r in zip(values, rows)],
+                least = LEAST if m == "kl" else 0
+                values = [max(r[m], least) for r in rows]
+                error = [[max(v - max(r[f"{m}_95"][0], least), 0) for v, r in zip(values, rows)],
                          [max(r[f"{m}_95"][1] - v, 0) for v, r in zip(values, rows)]]
                 ax.errorbar([r[x] for r in rows], values, yerr=error, color=color, marker=marker, ls=dash or "none",
                             capsize=2, lw=1.6, ms=5, label="share, every 2" if line == "share" else line)
                 if line == "speed, BoS on":
-                    for r, v in zip(rows, values):
-                        ax.annotate(r["spec"].split(":")[1], (r[x], v), xytext=(0, 7), textcoords="offset points",
+                    for r, v, up in zip(rows, values, error[1]):
+                        ax.annotate(r["spec"].split(":")[1], (r[x], v + up), xytext=(0, 4), textcoords="offset points",
                                     ha="center", fontsize=8, color=color)
             if m == "kl":
                 ax.set_yscale("log")
@@ -303,10 +308,11 @@ def main():
     p.add_argument("-m", "--model", type=Path, help="default: SmolLM2 as ./run.sh leaves it")
     p.add_argument("--questions", type=Path, default=ROOT / "study" / "questions.json")
     p.add_argument("--policies", help="as speed:24,speed:24:no-bos,pop:20,share:2")
-    p.add_argument("-n", type=int, default=40, help="tokens of an answer at most (40)")
-    p.add_argument("--look-up", type=int, default=24, help="tokens of an answer that is looked up (24)")
+    p.add_argument("-n", type=int, default=32, help="tokens of an answer at most (32)")
+    p.add_argument("--look-up", type=int, default=20, help="the same where it is looked up in a passage (20)")
     p.add_argument("--jobs", type=int, default=1, help="questions asked at once, one thread each (1)")
     p.add_argument("--speed", default=ROOT / "speed")
+    p.add_argument("--so-far", action="store_true", help="ask nothing: tables of what a run that was cut off has left")
     p.add_argument("--cache", type=Path, default=CACHE, help="folder for what is measured, question by question")
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     p.add_argument("--name", help="of the files written (smollm2, small, or the model's)")
@@ -319,9 +325,10 @@ def main():
     speed = Speed(a.speed, model)
     info = {r["what"]: r["value"] for r in json.loads(speed.run("info", "-o", "json"))["rows"]}
     layers = info["layers"]
-    ks = range(layers - 1, 0, -1) if layers <= 10 else sorted({round(layers * k / 30) for k in (28, 26, 24, 22, 20, 15, 8)},
-                                                              reverse=True)
-    default = [f"speed:{k}" for k in ks] + [f"speed:{k}:no-bos" for k in ks] + [f"pop:{k}" for k in ks]
+    thirtieths = {"speed": (28, 26, 24, 22, 20, 15, 8), "no-bos": (28, 24, 20, 15, 8), "pop": (24, 20, 15, 8)}
+    ks = {line: range(layers - 1, 0, -1) if layers <= 10 else [round(layers * k / 30) for k in of]
+          for line, of in thirtieths.items()}
+    default = [f"speed:{k}" for k in ks["speed"]] + [f"speed:{k}:no-bos" for k in ks["no-bos"]] + [f"pop:{k}" for k in ks["pop"]]
     specs = a.policies.split(",") if a.policies else default
     questions = story_questions(40, 1) if a.small else written_questions(a.questions)
     settings = dict(model=hashlib.sha256(model.read_bytes()).hexdigest(), policies=specs, n=a.n, look_up=a.look_up,
@@ -329,7 +336,9 @@ def main():
     a.cache.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     answers = ask_all(speed, questions, specs, lambda q: a.look_up if q["answer"] else a.n,
-                               a.cache / f"quality-{name}-{key}.jsonl", a.jobs)
+                               a.cache / f"quality-{name}-{key}.jsonl", a.jobs, a.so_far)
+    if not answers:
+        raise SystemExit("quality.py: no question has been answered yet; leave out --so-far")
     record = dict(programs=sorted({r["program"] for r in answers}), seconds=round(sum(r["seconds"] for r in answers)),
                   devices=[json.loads(d) for d in sorted({json.dumps(r["device"]) for r in answers})])
     answers = [{k: v for k, v in r.items() if k not in ("i", "seconds", "program", "device", "texts")} for r in answers]
@@ -340,7 +349,11 @@ def main():
     (a.out / f"{name}.md").write_text(table)
     print(table, end="")
     plot(results, a.out / f"{name}.svg")
-    (a.out / f"{name}.json").write_text(json.dumps(results) + "\n")
+    # One line a question; FLOPs and bytes are in the summary, and `speed plan` has them.
+    lines = [json.dumps(dict(r, rows={s: [round(row[0], 6), row[1]] for s, row in r["rows"].items()}), ensure_ascii=False)
+             for r in answers]
+    head = {k: v for k, v in results.items() if k not in ("answers", "kinds")}
+    (a.out / f"{name}.json").write_text(json.dumps(head)[:-1] + ', "answers": [\n' + ",\n".join(lines) + "]}\n")
 
 
 if __name__ == "__main__":
