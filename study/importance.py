@@ -64,20 +64,24 @@ def row_sets(n_rows, split, n_prompt):
 class Pass:
     """One forward pass. logits: [n_targets, vocab], after each of the last n_targets rows; residual: h_0 .. h_L.
 
-    gates: None, or [L, n_rows], what multiplies each layer's update of each row."""
+    tokens: ids, or the residual stream [1, n_rows, hidden] that enters layer `first`, where the pass then begins.
+    gates: None, or [L - first, n_rows], what multiplies each layer's update of each row."""
 
-    def __init__(self, model, tokens, n_targets, gates=None):
+    def __init__(self, model, tokens, n_targets, gates=None, first=0):
         self.residual = []
-        decoder = model.model
+        decoder, layers = model.model, model.model.layers
+        x = tokens if first else decoder.embed_tokens(torch.tensor([tokens])).detach().requires_grad_(gates is None)
         with reference.hooks() as handles:
-            for module in (*decoder.layers, decoder.norm):
+            for module in (*layers[first:], decoder.norm):
                 handles.append(module.register_forward_pre_hook(lambda _, args: self.residual.append(args[0])))
-            if gates is not None:
-                for layer, g in zip(decoder.layers, gates):
-                    handles.append(layer.register_forward_hook(
-                        lambda _, args, out, g=g[:, None]: args[0] + g * (out - args[0])))
-            x = decoder.embed_tokens(torch.tensor([tokens])).detach().requires_grad_(gates is None)
-            self.logits = model(inputs_embeds=x, use_cache=False, logits_to_keep=n_targets).logits[0]
+            for layer, g in zip(layers[first:], [] if gates is None else gates):
+                handles.append(layer.register_forward_hook(
+                    lambda _, args, out, g=g[:, None]: args[0] + g * (out - args[0])))
+            try:
+                decoder.layers = layers[first:]
+                self.logits = model(inputs_embeds=x, use_cache=False, logits_to_keep=n_targets).logits[0]
+            finally:
+                decoder.layers = layers
 
     def loss(self, labels):
         """Negative log probability of the labels [n_targets], summed over them."""
@@ -106,11 +110,13 @@ def cuts(n_layers):
     return list(range(n_layers - 2, 4, -4))
 
 
-def closed_from(k, n_layers, n_rows, n_prompt):
-    """[L, n_rows]: POP's gates, 0 for prompt rows in layers >= K; its last prompt row is the first of full depth."""
-    gates = torch.ones(n_layers, n_rows)
-    gates[k:, :n_prompt - 1] = 0
-    return gates
+def pop(model, run, k, n_prompt):
+    """[n_targets, vocab]: the logits of a pass if its prompt rows had closed gates in layers >= K. To POP the last
+    prompt row is the first of full depth."""
+    gates = torch.ones(len(run.residual) - 1 - k, run.residual[k].shape[1], dtype=run.logits.dtype)
+    gates[:, :n_prompt - 1] = 0
+    with torch.no_grad():
+        return Pass(model, run.residual[k].detach(), len(run.logits), gates, first=k).logits
 
 
 def kl_divergence(logits, other):
@@ -131,7 +137,13 @@ def load(path):
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 def read_prompts(path):
-    return json.loads(Path(path).read_text())
+    """The prompts of study/questions.json: a text, or some paragraphs and a question about one of them."""
+    file = json.loads(Path(path).read_text())
+    prompts = []
+    for q in file["questions"]:
+        asked = [file["paragraphs"][i]["text"] for i in q.get("passage", [])]
+        prompts.append("\n\n".join([*asked, q["text"] if "text" in q else file["paragraphs"][q["ask"]]["question"]]))
+    return prompts
 
 
 def machine():
@@ -164,10 +176,7 @@ def measure(a, model, prompt, number):
     run = Pass(model, tokens, len(answer_ids))
     sets = row_sets(len(tokens), split, n_prompt)
     draws = [run.gate_gradients(draw_labels(run.logits, generator), sets) for _ in range(a.draws)]
-    with torch.no_grad():
-        kl = [kl_divergence(run.logits, Pass(model, tokens, len(answer_ids),
-                                             closed_from(k, n_layers, len(tokens), n_prompt)).logits)
-              for k in cuts(n_layers)]
+    kl = [kl_divergence(run.logits.detach(), pop(model, run, k, n_prompt)) for k in cuts(n_layers)]
     return dict(n_prompt=n_prompt, split=split, n_answer=len(answer_ids), kl=kl, seconds=time.time() - began,
                 gradients=[d.tolist() for d in draws])
 
@@ -185,7 +194,7 @@ def measure_all(a, prompts, store):
     with open(store, "w") as out:
         out.writelines(json.dumps(x) + "\n" for x in kept)
         for number in range(old, len(prompts)):
-            kept.append(measure(a, model, prompts[number]["prompt"], number))
+            kept.append(measure(a, model, prompts[number], number))
             out.write(json.dumps(kept[-1]) + "\n")
             out.flush()
             if sys.stderr.isatty():
@@ -223,8 +232,8 @@ def summarise(kept, seed, resamples=10000):
         return x[..., last].mean(-1) / x[..., middle].mean(-1)
     ratios = {gate: estimate(fall, each[gate])[0] for gate in TABLE}
     ratios["prefill over decode"] = estimate(lambda x, y: fall(x) / fall(y), each["prefill"], each["decode"])[0]
-    pop = by_gate(gradients)["prefill, POP's split"]
-    foretold = np.stack([information(pop[..., k:].sum(-1, keepdims=True))[:, 0] / 2 for k in cuts(n)], -1)
+    closed = by_gate(gradients)["prefill, POP's split"]
+    foretold = np.stack([information(closed[..., k:].sum(-1, keepdims=True))[:, 0] / 2 for k in cuts(n)], -1)
     measured = np.array([x["kl"] for x in kept])
     columns = (estimate(lambda x: x, foretold), estimate(lambda x: x, measured),
                estimate(lambda x, y: x / y, foretold, measured))
@@ -357,7 +366,7 @@ def check_pop(case):
     """Closed gates are POP as tests/hf/reference.py has it, with masks and replaced keys; in float64, to 1e-9."""
     for k in (1, case.n_layers // 2, case.n_layers - 2):
         want = torch.from_numpy(reference.logits(case.loaded, case.tokens, case.n_prompt - 1, "pop", k))
-        got = case.logits(closed_from(k, case.n_layers, len(case.tokens), case.n_prompt).double())
+        got = pop(case.model, Pass(case.model, case.tokens, case.n_answer), k, case.n_prompt)
         if not ((got - want).norm(dim=-1) <= 1e-9 * want.norm(dim=-1)).all():
             yield f"POP at K={k}: closed gates differ by {float((got - want).abs().max()):.2g}"
 
@@ -403,11 +412,11 @@ def planted():
     def hotter(logits, generator, right=draw_labels):
         return right(logits / 1.1, generator)
 
-    def one_layer_up(k, n_layers, n_rows, n_prompt, right=closed_from):
-        return right(k + 1, n_layers, n_rows, n_prompt)
+    def one_layer_up(model, run, k, n_prompt, right=pop):
+        return right(model, run, k + 1, n_prompt)
 
-    def last_prompt_row_too(k, n_layers, n_rows, n_prompt, right=closed_from):
-        return right(k, n_layers, n_rows, n_prompt + 1)
+    def last_prompt_row_too(model, run, k, n_prompt, right=pop):
+        return right(model, run, k, n_prompt + 1)
 
     def header_read(n_rows, split, n_prompt, right=row_sets):
         return right(n_rows, split, n_prompt + 1)
@@ -417,8 +426,8 @@ def planted():
     yield "first answer row counted as header", mock.patch.object(here, "row_sets", header_read), check_zeros
     yield "likeliest labels", mock.patch.object(here, "draw_labels", likeliest), check_fisher
     yield "labels at temperature 1.1", mock.patch.object(here, "draw_labels", hotter), check_fisher
-    yield "K off by one", mock.patch.object(here, "closed_from", one_layer_up), check_pop
-    yield "boundary row skipped", mock.patch.object(here, "closed_from", last_prompt_row_too), check_pop
+    yield "K off by one", mock.patch.object(here, "pop", one_layer_up), check_pop
+    yield "boundary row skipped", mock.patch.object(here, "pop", last_prompt_row_too), check_pop
 
 
 def check_all(path):
@@ -455,6 +464,10 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def digest(x):
+    return hashlib.sha256(json.dumps(x).encode()).hexdigest()
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("-m", "--model", default=str(CACHE / "smollm2-135m-instruct.safetensors"))
@@ -462,7 +475,7 @@ def main():
     p.add_argument("--prompts", default=str(ROOT / "study" / "questions.json"))
     p.add_argument("--out", default=str(ROOT / "docs" / "importance"))
     p.add_argument("-n", type=int, default=48, help="tokens of an answer, at most")
-    p.add_argument("--draws", type=int, default=8, help="draws of labels a prompt")
+    p.add_argument("--draws", type=int, default=4, help="draws of labels a prompt")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--check", action="store_true", help="test this script instead")
@@ -471,8 +484,8 @@ def main():
     if a.check:
         return check_all(a.model)
     prompts = read_prompts(a.prompts)
-    settings = dict(model_sha256=sha256(a.model), prompts_sha256=sha256(a.prompts), n=a.n, draws=a.draws, seed=a.seed)
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    settings = dict(model_sha256=sha256(a.model), prompts_sha256=digest(prompts), n=a.n, draws=a.draws, seed=a.seed)
+    key = digest(settings)[:16]
     kept = measure_all(a, prompts, CACHE / f"importance-{key}.jsonl")
     run = dict(command=sys.argv, model=Path(a.model).stem, prompts=len(kept), **settings,
                prompt_tokens=[x["n_prompt"] for x in kept], answer_tokens=[x["n_answer"] for x in kept],
