@@ -6,6 +6,7 @@
 # make gpu-bench  times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
 # make fuzz       hostile model files, texts and templates, made up by libFuzzer
 # make sanitize   the tests again under AddressSanitizer and UBSan
+# make sanitize-threads   the operations and a whole model under ThreadSanitizer
 
 CXX ?= g++
 CXXFLAGS ?= -O3 -march=native
@@ -70,10 +71,18 @@ sanitize:
 	ASAN_OPTIONS=handle_sigbus=0 GOMP_SPINCOUNT=1000 SPEED=build-sanitize/speed build-sanitize/tests
 SANITIZE = -O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -Wno-maybe-uninitialized
 
+# clang, because ThreadSanitizer must be told where OpenMP's threads wait for each other, which LLVM's libarcher.so does:
+# without it correct loops are reported (Debian: clang libclang-rt-dev libomp-dev). ./run.sh sanitize-threads installs it.
+sanitize-threads:
+	@mkdir -p build-threads
+	clang++ $(LANGUAGE) -O1 -g -march=native -fsanitize=thread -I. -Itests tests/test_ops.cpp tests/test_threads.cpp \
+	  tests/main.cpp tests/plain_blas.cpp -o build-threads/tests -lpcre2-8
+	OMP_NUM_THREADS=4 TSAN_OPTIONS=ignore_noninstrumented_modules=1 build-threads/tests "[ops],[threads]"
+
 test-hf: speed
 	tests/hf/run.sh "$(CACHE)"
 
-# Ten minutes; needs clang and its run-time library (Debian: clang libclang-rt-14-dev).
+# Ten minutes; needs clang and its run-time library (Debian: clang libclang-rt-dev). ./run.sh fuzz installs them first.
 fuzz:
 	tests/fuzz/run.sh 600 build/fuzz
 
@@ -89,6 +98,6 @@ gpu-bench: speed
 	  -r 2 -o md --record docs/gpu/llama-3.1-8b-128k.json > docs/gpu/llama-3.1-8b-128k.md
 
 clean:
-	rm -rf speed speed-cuda build build-sanitize
+	rm -rf speed speed-cuda build build-sanitize build-threads
 
-.PHONY: cuda gpu-bench test test-hf sanitize bench fuzz clean
+.PHONY: cuda gpu-bench test test-hf sanitize sanitize-threads bench fuzz clean

@@ -26,15 +26,17 @@ double seconds_of(Work work) {
 inline Ceilings measure_ceilings(Cpu&, const Shape&) {
   Ceilings best;
   {
-    const size_t words = size_t(64) << 20, block = 1 << 16;  // 256 MiB, well beyond any cache
+    const size_t words = size_t(64) << 20, block = 1 << 10;  // 256 MiB, well beyond any cache
     Cpu::Buffer<uint32_t> memory(words);
     const uint32_t* p = memory.get();
     std::fill_n(memory.get(), words, 1);
-    for (int i = 0; i < 7; ++i) {
+    for (int i = 0; i < 8; ++i) {
       uint32_t total = 0;
       const double t = seconds_of([&] {
 #pragma omp parallel for reduction(+ : total)
         for (size_t j = 0; j < words; j += block) {
+          if (i % 2)  // with and without asking ahead: which is faster depends on the processor
+            for (size_t k = j; k < j + block; k += 16) __builtin_prefetch(p + k + 512);
           uint32_t sum = 0;
           for (size_t k = j; k < j + block; ++k) sum += p[k];
           total += sum;

@@ -8,13 +8,20 @@ metadata the config, the tokenizer's rules and the chat template's turn marks, e
 A checkpoint that the engine would compute wrongly is refused by the name of the feature. Needs numpy, jinja2 for a chat
 template, gguf for a GGUF file.
 """
+import signal
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until there is something to tidy up
+
 import argparse
 import json
 import math
-import mmap
 import os
 import re
+import resource
+import struct
 import sys
+import warnings
+import weakref
 import zlib
 from pathlib import Path
 
@@ -26,9 +33,14 @@ except ImportError:
 FORMAT = "speed 1"
 ALIGNMENT = 64        # of the first tensor, in bytes
 CHUNK = 1 << 22       # elements converted at a time: memory stays small whatever the model's size
-HEADER_LIMIT = 100 << 20
+JSON_LIMIT = 64 << 20  # bytes of a JSON file or of a header: four times Llama 3's tokenizer.json, and what Python makes
+                      # of as much hostile JSON, 2 GB, most machines can hold
+TEMPLATE_LIMIT = 1 << 20  # bytes of a chat template, and of what it may render
+TEMPLATE_SECONDS, TEMPLATE_MEMORY = 10, 1 << 30  # of processor time, in bytes: what rendering it may take
 WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
+
+MOST_TOKENS = 1 << 24
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -49,8 +61,14 @@ class Failure(Exception):
     """What went wrong, why, and what to do, in one line. `code`: 2 if another command line would mend it, else 1."""
 
     def __init__(self, message, code=1):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(one_line(message))
         self.code = code
+
+
+def one_line(text):
+    """Names and words out of files are a stranger's: on one line, not endless, and nothing a terminal obeys."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    return text if len(text) <= 2000 else f"{text[:1000]}...{text[-1000:]}"
 
 
 def unsupported(feature, what="this checkpoint"):
@@ -83,28 +101,59 @@ def parse_json(text, what):
 def read_json(path, required=True):
     """The JSON object in the file; {} if it is absent and not required."""
     if path.is_file():
-        return parse_json(path.read_bytes(), path)
+        return parse_json(read_limited(path, JSON_LIMIT), path)
     if required:
         raise Failure(f"{path}: no such file; give a folder as transformers' save_pretrained writes it", 2)
     return {}
 
 
-class Safetensors:
-    """A .safetensors file, mapped. `tensors`: name -> (dtype, shape, begin, end), offsets from the start of the file.
-    Every size, offset, overlap and gap is checked before anything is used."""
+def read_limited(path, limit):
+    if path.stat().st_size > limit:
+        raise Failure(f"{path}: larger than {limit >> 20} MB, which no checkpoint needs; get the file again")
+    return path.read_bytes()
+
+
+def damaged(path, why):
+    return Failure(f"{path}: {why}; the file is damaged or incomplete, get it again")
+
+
+class Reader:
+    """A file, read by offsets and not mapped: one that is cut short meanwhile is an error here, not a signal."""
+
+    def __init__(self, path):
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.size = os.fstat(self.descriptor).st_size
+
+    def read(self, begin, end):
+        """Bytes [begin, end), as uint8."""
+        data = np.empty(end - begin, np.uint8)
+        done = 0
+        while done < data.size:
+            got = os.preadv(self.descriptor, [memoryview(data)[done:]], begin + done)
+            if got == 0:
+                raise damaged(self.path, f"it ends at byte {begin + done} and did not before")
+            done += got
+        return data
+
+
+class Safetensors(Reader):
+    """A .safetensors file. `tensors`: name -> (dtype, shape, begin, end), offsets from the start of the file. Every
+    size, offset, overlap and gap is checked before anything is used."""
+
     def __init__(self, path):
         def bad(why):
-            return Failure(f"{path}: {why}; the file is damaged or incomplete, get it again")
+            return damaged(path, why)
 
-        size = path.stat().st_size
+        super().__init__(path)
+        size = self.size
         if size < 8:
             raise bad(f"expected at least 8 bytes, got {size}")
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, HEADER_LIMIT):
-                raise bad(f"the header says it has {length} bytes, the file has {size}")
-            header = parse_json(file.read(length), f"{path}: header")
-            self.data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        length = int.from_bytes(self.read(0, 8).tobytes(), "little")
+        if length > min(size - 8, JSON_LIMIT):
+            raise bad(f"the header says it has {length} bytes, the file has {size}")
+        header = parse_json(self.read(8, 8 + length).tobytes(), f"{path}: header")
         self.metadata = header.pop("__metadata__", {})
         if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
             raise bad("__metadata__ is not a map of strings")
@@ -132,9 +181,20 @@ class Safetensors:
             raise bad(f"the tensors end at byte {position}, the file has {size}")
 
     def array(self, name):
-        """The tensor as stored, without a copy; BF16 as uint16."""
+        """The tensor as stored; BF16 as uint16."""
         dtype, shape, begin, end = self.tensors[name]
-        return self.data[begin:end].view(STORED[dtype]).reshape(shape)
+        return self.read(begin, end).view(STORED[dtype]).reshape(shape)
+
+    def rows(self, name):
+        """rows(a, b) of the tensor as stored; BF16 as uint16."""
+        dtype, shape, begin, _ = self.tensors[name]
+        width = math.prod(shape[1:]) * WIDTH[dtype]
+
+        def rows(a, b):
+            b = min(b, shape[0])
+            return self.read(begin + a * width, begin + b * width).view(STORED[dtype]).reshape(b - a, *shape[1:])
+
+        return rows
 
 
 def is_naturals(value):
@@ -178,14 +238,16 @@ class Rounding:
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-def number(config, key, default=None):
+# The limits are the engine's (model.h): no file is written that it would refuse.
+
+def number(config, key, default=None, low=1e-6, high=1e6):
     value = config.get(key, default)
-    if type(value) not in (int, float) or not 0 < value < 1e12:
-        raise Failure(f"config: {key} is {value!r}, expected a positive number; repair the config")
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise Failure(f"config: {key} is {value!r}, expected a number from {low:g} to {high:g}; repair the config")
     return value
 
 
-def integer(config, key, default=None, high=(1 << 31) - 1):
+def integer(config, key, default=None, high=1 << 30):
     value = default if config.get(key) is None else config[key]
     if type(value) is not int or not 1 <= value <= high:
         raise Failure(f"config: {key} is {value!r}, expected an integer from 1 to {high}; repair the config")
@@ -207,7 +269,7 @@ def check_rope(config):
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise Failure(f"config: rope_scaling is {rope!r}, expected an object; repair the config")
-    theta = number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0)
+    theta = number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0, 1, 1e12)
     if number({**config, **rope}, "partial_rotary_factor", 1) != 1 or config.get("rope_interleaved"):
         raise unsupported("partial or interleaved RoPE")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -215,7 +277,8 @@ def check_rope(config):
         return theta, None
     if kind != "llama3":
         raise unsupported(f"RoPE scaling of type {kind!r}")
-    scaling = {key: number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    scaling = {key: number(rope, key, low=1 if key == "factor" else 1e-6)
+               for key in ("factor", "low_freq_factor", "high_freq_factor")}
     if not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise Failure("config: rope scaling: low_freq_factor is not below high_freq_factor; repair the config")
     key = "original_max_position_embeddings"  # Hugging Face looks beside, then inside, then falls back to the context
@@ -251,15 +314,15 @@ def check_config(config, generation, name):
         raise unsupported(f"the activation {config['hidden_act']!r}")
 
     layers = integer(config, "num_hidden_layers", 32, high=4096)
-    hidden = integer(config, "hidden_size", 4096)
-    heads = integer(config, "num_attention_heads", 32)
-    vocab = integer(config, "vocab_size", 32000)
-    kv_heads = integer(config, "num_key_value_heads", heads)
+    hidden = integer(config, "hidden_size", 4096, high=1 << 17)
+    heads = integer(config, "num_attention_heads", 32, high=4096)
+    vocab = integer(config, "vocab_size", 32000, high=MOST_TOKENS)
+    kv_heads = integer(config, "num_key_value_heads", heads, high=4096)
     if heads % kv_heads:
         raise Failure(f"config: {heads} attention heads do not divide among {kv_heads} key heads; repair the config")
     if config.get("head_dim") is None and hidden % heads:
         raise Failure(f"config: hidden_size {hidden} is no multiple of {heads} heads; repair the config")
-    head_dim = integer(config, "head_dim", hidden // heads)
+    head_dim = integer(config, "head_dim", hidden // heads, high=1024)
     if head_dim % 2:
         raise Failure(f"config: head_dim is {head_dim}, RoPE needs an even number; repair the config")
     theta, scaling = check_rope(config)
@@ -277,9 +340,9 @@ def check_config(config, generation, name):
         adapted.append({"policy": "swiftkv", "k": k, "bos": True})
     return {
         "name": name, "vocab_size": vocab, "hidden_size": hidden,
-        "intermediate_size": integer(config, "intermediate_size", 11008), "num_hidden_layers": layers,
+        "intermediate_size": integer(config, "intermediate_size", 11008, high=1 << 20), "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
-        "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "rms_norm_eps": number(config, "rms_norm_eps", 1e-6, 1e-30, 1),
         "max_position_embeddings": integer(config, "max_position_embeddings", 2048),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "rope_theta": theta, "rope_scaling": scaling, "bos_token_id": bos[0] if bos else None,
@@ -362,6 +425,8 @@ def split_patterns(pre_tokenizer):
                 raise refuse(part)
             if part.get("use_regex", True):
                 patterns.append(GPT2_SPLIT)
+            if len(patterns) > 16 or any(not 0 < len(p.encode()) <= 4096 for p in patterns):
+                raise unsupported("more than 16 split patterns, or one longer than 4096 bytes", "tokenizer.json")
             return patterns
         else:
             raise refuse(part)
@@ -390,14 +455,24 @@ class Tokenizer:
                 spelling[i] = bytes(letters[c] for c in token)
             except KeyError:  # not reachable by BPE; Hugging Face decodes such a token to its own text
                 spelling[i] = token.encode()
+        ordinary = [spelling[i] for i in self.vocab.values() if i not in self.special and spelling[i]]
+        if len(set(ordinary)) != len(ordinary):
+            raise Failure("tokenizer: two tokens have the same bytes; get the file again")
         for i, text in self.special.items():
             spelling[i] = text.encode()
+            if len(spelling[i]) > 1024:
+                raise Failure(f"tokenizer: the added token {i} is longer than 1024 bytes; get the file again")
         merges = np.empty((len(self.merges), 3), np.uint32)
         for rank, (left, right) in enumerate(self.merges):
+            what = f"tokenizer: merge {rank} ({left!r}, {right!r})"
             try:
-                merges[rank] = self.vocab[left], self.vocab[right], self.vocab[left + right]
+                merges[rank] = a, b, ab = self.vocab[left], self.vocab[right], self.vocab[left + right]
             except KeyError as error:
-                raise Failure(f"tokenizer: merge {rank} ({left!r}, {right!r}): {error} is no token; get the file again")
+                raise Failure(f"{what}: {error} is no token; get the file again") from None
+            if not spelling[a] or not spelling[b] or spelling[ab] != spelling[a] + spelling[b]:
+                raise Failure(f"{what}: does not join the bytes of two tokens; get the file again")
+            if self.special.keys() & {a, b, ab}:
+                raise Failure(f"{what}: holds an added token; get the file again")
         if len(set(self.merges)) != len(self.merges):
             raise Failure("tokenizer: a merge appears twice; get the file again")
         offsets = np.cumsum([0, *map(len, spelling)])
@@ -415,7 +490,7 @@ def added_tokens(data, settings):
     """id -> text of the added tokens, special or not (Hugging Face matches both in text), of tokenizer.json and
     tokenizer_config.json together."""
     more = settings.get("added_tokens_decoder") or {}
-    added = {}
+    added, ids, normalized = {}, {}, 0
     for token in [*(data.get("added_tokens") or []), *({**t, "id": int(i)} for i, t in more.items())]:
         text, i = token["content"], token["id"]
         if not isinstance(text, str) or not text or not is_naturals([i]):
@@ -423,18 +498,23 @@ def added_tokens(data, settings):
         for flag in ("lstrip", "rstrip", "single_word"):
             if token.get(flag):
                 raise unsupported(f"{flag} on the added token {text!r}", "tokenizer")
-        if added.get(i, text) != text or (text in added.values() and i not in added):
+        if added.get(i, text) != text or ids.get(text, i) != i:
             raise Failure(f"tokenizer: added token {text!r} clashes with another one at id {i}; get the files again")
-        if token.get("normalized") and any(text in t or t in text for j, t in added.items() if j != i):
-            raise unsupported(f"normalized on the added token {text!r}, which overlaps another,", "tokenizer")
-        added[i] = text
+        if token.get("normalized"):
+            normalized += 1
+            if normalized > 1000:  # each is held against all others
+                raise unsupported("normalized on more than 1000 added tokens", "tokenizer")
+            if any(text in t or t in text for j, t in added.items() if j != i):
+                raise unsupported(f"normalized on the added token {text!r}, which overlaps another,", "tokenizer")
+        added[i], ids[text] = text, i
     return added
 
 
 def read_template(folder, settings):
     """The checkpoint's chat template for plain conversations, or None."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return read_limited(path, TEMPLATE_LIMIT).decode("utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}.get("default")
@@ -501,6 +581,8 @@ def known_chats(plain):
     conversation without a system text; ChatML's default system text, in which its variants differ, is read off it."""
     prefix, date = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n", "26 Jul 2024"
     default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", plain, re.DOTALL)
+    if default and len(default[1].encode()) > 16384:  # the engine's limit
+        default = None
     chatml = {"template": "chatml", "trim": False, "begin": "",
               "system": ["<|im_start|>system\n", "<|im_end|>\n"], "system_default": default and default[1],
               "user": ["<|im_start|>user\n", "<|im_end|>\n"], "assistant": ["<|im_start|>assistant\n", "<|im_end|>\n"],
@@ -535,6 +617,8 @@ def recognise_chat(tokenizer):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
+    if len(tokenizer.template) > TEMPLATE_LIMIT:
+        return None
     today = "01 Jan 2000"
     names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     names = {key: text for key, text in names.items() if text is not None}
@@ -559,7 +643,7 @@ def recognise_chat(tokenizer):
     conversations = [turns("Hi."), turns("  a b\n\n", " c \t", "\u3000d\x1c"), turns("1", "2", "3", "4", "5"),
                      system("Be brief.") + turns("Hi."), system(" \n s t \n") + turns("x", "y", " z"),
                      system("") + turns("Hi."), turns("\n"), turns("a<b>'\"\\ é", "", "c")]
-    rendered = [render(c) for c in conversations]
+    rendered = in_a_child(lambda: [render(c) for c in conversations]) or [None]
     for chat in known_chats(rendered[0] or ""):
         date = today if chat["template"] == "llama-3.2" else chat["date_default"] or ""
         marks = [m for role in ("system", "user", "assistant") for m in chat[role]] + [chat["begin"]]
@@ -568,6 +652,37 @@ def recognise_chat(tokenizer):
                 rendered == [render_marks(chat, c, date) for c in conversations]:
             return chat
     return None
+
+
+def in_a_child(work):
+    """What work() returns, as JSON keeps it, out of a process of its own: a template is a program, and may run for ever
+    or take all memory. None if it failed or was ended for that."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():  # that numpy's threads are not forked: the child needs none
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            memory = pages * resource.getpagesize() + TEMPLATE_MEMORY
+            resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS))
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            text = json.dumps(work()).encode()
+            with open(writer, "wb") as file:
+                file.write(text)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        with open(reader, "rb") as file:
+            text = file.read(16 * TEMPLATE_LIMIT)
+        return json.loads(text)
+    except ValueError:
+        return None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -600,7 +715,7 @@ def folder_tensors(folder):
                 raise Failure(f"{folder}: {name} is in two files; keep one checkpoint in the folder", 2)
             if dtype not in ("F32", "F16", "BF16"):
                 raise unsupported(f"the dtype {dtype} in {name}", folder)
-            tensors[name] = shape, lambda a, b, array=file.array(name): array[a:b]
+            tensors[name] = shape, file.rows(name)
     for name in where or ():
         if name not in tensors:
             raise Failure(f"{folder}: {name} is not in {where[name]}, as the index says; get the whole checkpoint")
@@ -682,16 +797,120 @@ def gguf_tokenizer(field, path):
     return Tokenizer(vocab, merges, special, split, ignore_merges, field("tokenizer.chat_template"), bos, eos)
 
 
-def gguf_rows(gguf, tensor, head_dim):
-    """rows(a, b) of a GGUF tensor, dequantised. head_dim: for Q and K, whose rows llama.cpp stores interleaved (pair i
-    of a head is rows 2i, 2i+1); Hugging Face has them in halves (pair i is rows i and head_dim/2 + i)."""
-    def rows(a, b):
-        x = gguf.quants.dequantize(tensor.data[a:b], tensor.tensor_type)
-        if head_dim is None:
-            return x
-        return x.reshape(-1, head_dim // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+class Gguf(Reader):
+    """A GGUF file (github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian, version 2 or 3. `values`: its
+    metadata; `tensors`: name -> (shape, type, begin, end), shapes as Hugging Face writes them, offsets from the start
+    of the file. Every count, length and offset is held against what is there before anything is made of it."""
+    NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    STRING, ARRAY = 8, 9
 
-    return rows
+    def __init__(self, path, gguf):
+        super().__init__(path)
+        self.gguf = gguf
+        self.head, self.at = self.read(0, min(self.size, JSON_LIMIT)).tobytes(), 0
+        if self.head[:4] != b"GGUF":
+            raise self.bad("does not begin with GGUF")
+        _, version, n_tensors, n_values = self.take("IIQQ")
+        if version not in (2, 3):
+            raise self.bad(f"GGUF version {version}, expected 2 or 3")
+        self.values = {}
+        for _ in range(n_values):
+            key = self.string()
+            if key in self.values:
+                raise self.bad(f"{key} is there twice")
+            self.values[key] = self.value(*self.take("I"), key)
+        entries = [self.entry() for _ in range(n_tensors)]
+        alignment = self.values.get("general.alignment", 32)
+        if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
+            raise self.bad(f"general.alignment is {alignment!r}")
+        start = -(-self.at // alignment) * alignment
+        self.tensors, position = {}, start
+        for offset, name, shape, kind in sorted(entries, key=lambda entry: entry[0]):
+            begin = start + offset
+            if name in self.tensors:
+                raise self.bad(f"{name} is there twice")
+            if begin < position or offset % alignment:
+                raise self.bad(f"{name} begins at byte {begin}, in another tensor or unaligned")
+            block, width = gguf.GGML_QUANT_SIZES[kind]
+            if shape[-1] % block:
+                raise self.bad(f"{name}: rows of {shape[-1]} values, its blocks have {block}")
+            position = begin + math.prod(shape) // block * width
+            if position > self.size:
+                raise self.bad(f"{name} ends at byte {position}, the file at {self.size}")
+            self.tensors[name] = shape, kind, begin, position
+        del self.head
+
+    def bad(self, why):
+        return damaged(self.path, why)
+
+    def take(self, format):
+        """Numbers, by struct's letters."""
+        return struct.unpack("<" + format, self.bytes(struct.calcsize("<" + format)))
+
+    def bytes(self, size):
+        if size > len(self.head) - self.at:
+            raise self.bad("it ends within its header" if len(self.head) == self.size else
+                           f"its header is longer than {JSON_LIMIT >> 20} MB")
+        self.at += size
+        return self.head[self.at - size:self.at]
+
+    def string(self):
+        text = self.bytes(*self.take("Q"))
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.bad(f"a text in its header is not UTF-8: {text[:50]!r}") from None
+
+    def value(self, kind, key):
+        if kind == self.STRING:
+            return self.string()
+        if kind in self.NUMBERS:
+            return self.take(self.NUMBERS[kind])[0]
+        if kind != self.ARRAY:
+            raise self.bad(f"{key} is of type {kind}, which GGUF does not have")
+        kind, count = self.take("IQ")
+        if kind == self.STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in self.NUMBERS:
+            raise self.bad(f"{key} is a list of type {kind}")
+        letter = self.NUMBERS[kind]
+        return list(struct.unpack(f"<{count}{letter}", self.bytes(count * struct.calcsize("<" + letter))))
+
+    def entry(self):
+        """(offset, name, shape, type) of a tensor."""
+        name, (rank,) = self.string(), self.take("I")
+        if not 1 <= rank <= 4:
+            raise self.bad(f"{name} has {rank} dimensions")
+        shape = tuple(reversed(self.take(f"{rank}Q")))
+        if 0 in shape:
+            raise self.bad(f"{name} has the shape {list(shape)}")
+        kind, offset = self.take("IQ")
+        try:
+            return offset, name, shape, self.gguf.GGMLQuantizationType(kind)
+        except ValueError:
+            raise unsupported(f"the tensor type {kind} in {name}", self.path) from None
+
+    def rows(self, name, head_dim):
+        """rows(a, b) of a tensor, dequantised. head_dim: for Q and K, whose rows llama.cpp stores interleaved (pair i
+        of a head is rows 2i, 2i+1); Hugging Face has them in halves (pair i is rows i and head_dim/2 + i)."""
+        shape, kind, begin, end = self.tensors[name]
+        count = shape[0] if len(shape) > 1 else 1  # a vector is one row, which a quantised one cannot be cut within
+        width = (end - begin) // count
+
+        def rows(a, b):
+            first, last = (a, min(b, count)) if len(shape) > 1 else (0, 1)
+            data = self.read(begin + first * width, begin + last * width).reshape(last - first, *shape[1:-1], -1)
+            try:
+                x = self.gguf.quants.dequantize(data, kind)
+            except NotImplementedError:
+                raise unsupported(f"the tensor type {kind.name} in {name}", self.path) from None
+            if len(shape) == 1:
+                return x[0, a:b]
+            if head_dim is None:
+                return x
+            return x.reshape(-1, head_dim // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+
+        return rows
 
 
 def read_gguf(path, tokenizer_only):
@@ -699,13 +918,8 @@ def read_gguf(path, tokenizer_only):
         import gguf
     except ImportError:
         raise Failure("gguf: not installed, and a GGUF file needs it; pip install gguf") from None
-    try:
-        reader = gguf.GGUFReader(path)
-        values = {key: f.contents() for key, f in reader.fields.items()}
-        stored = [(t.name, tuple(int(n) for n in reversed(t.shape)), t) for t in reader.tensors]
-    except Exception as error:  # the package checks little and raises whatever happens to fail
-        why = str(error)[:200] or type(error).__name__
-        raise Failure(f"{path}: not a readable GGUF file ({why}); get it again") from None
+    file = Gguf(path, gguf)
+    values = file.values
 
     def field(key):
         return values.get(key)
@@ -713,12 +927,15 @@ def read_gguf(path, tokenizer_only):
     field.keys = values
     config, tokenizer = gguf_config(field, path), gguf_tokenizer(field, path)
     tensors, extra = {}, {}
-    for name, shape, tensor in [] if tokenizer_only else stored:
+    for name in [] if tokenizer_only else file.tensors:
+        shape = file.tensors[name][0]
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         other = re.fullmatch(r"(\w+)\.weight", name)
         head_dim = None
         if name == "rope_freqs.weight":
-            extra["rope.freq_divisors"] = np.ascontiguousarray(gguf_rows(gguf, tensor, None)(0, None), np.float32)
+            if len(shape) != 1 or shape[0] > 512:
+                raise Failure(f"{path}: rope_freqs.weight has the shape {list(shape)}; get the file again")
+            extra["rope.freq_divisors"] = np.ascontiguousarray(file.rows(name, None)(0, shape[0]), np.float32)
             continue
         if layer and layer[2] in GGUF_LAYER:
             ours = f"model.layers.{layer[1]}.{GGUF_LAYER[layer[2]]}.weight"
@@ -728,7 +945,9 @@ def read_gguf(path, tokenizer_only):
             ours = GGUF_OTHER[other[1]] + ".weight"
         else:
             raise unsupported(f"the tensor {name}", path)
-        tensors[ours] = shape, gguf_rows(gguf, tensor, head_dim)
+        if ours in tensors:
+            raise Failure(f"{path}: {name} is there twice; get the file again")
+        tensors[ours] = shape, file.rows(name, head_dim)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return config, {}, tokenizer, tensors, extra
 
@@ -789,7 +1008,7 @@ def write_file(out, metadata, entries):
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if out.exists() and not out.is_file():
         raise Failure(f"{out}: not a regular file; give the name of a file to write", 2)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = out.with_name(f".{out.name[:200]}.{os.getpid()}.part")
     try:
         checks = {}
         with open(part, "xb") as file:
@@ -806,10 +1025,17 @@ def write_file(out, metadata, entries):
         back = Safetensors(part)
         for name, dtype, shape, _ in entries:
             _, got, begin, end = back.tensors[name]
-            if got != tuple(shape) or zlib.crc32(back.data[begin:end]) != checks[name]:
+            check = 0
+            for at in range(begin, end, CHUNK):
+                check = zlib.crc32(back.read(at, min(at + CHUNK, end)), check)
+            if got != tuple(shape) or check != checks[name]:
                 raise Failure(f"{out}: {name} does not read back as written; check the disk")
         os.replace(part, out)
-        return back.data.size
+        size = back.size
+        del back
+        with open(out, "rb") as file:  # out of the page cache: the engine's first reading brings it back in large pages
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return size
     finally:
         part.unlink(missing_ok=True)
 
@@ -824,7 +1050,7 @@ def tokenizer_config(config, generation, tokenizer, name):
     """The few config keys of a file without weights; ids from the config if there is one, else by the tokens' texts."""
     ids = {text: i for i, text in tokenizer.special.items()}
     config = {"bos_token_id": ids.get(tokenizer.bos), "eos_token_id": ids.get(tokenizer.eos), **config}
-    vocab = integer(config, "vocab_size", tokenizer.size())
+    vocab = integer(config, "vocab_size", tokenizer.size(), high=MOST_TOKENS)
     bos, eos = (token_ids(config, key, vocab) for key in ("bos_token_id", "eos_token_id"))
     eos += token_ids(generation, "eos_token_id", vocab)
     return {"name": name, "vocab_size": vocab, "bos_token_id": bos[0] if bos else None,
@@ -842,8 +1068,10 @@ def export(checkpoint, out, tokenizer_only):
     if not checkpoint.is_dir() and checkpoint.suffix != ".gguf":
         raise Failure(f"{checkpoint}: neither a folder nor a .gguf file; give a Hugging Face folder or a .gguf file", 2)
     folder = checkpoint.is_dir()
+    if not folder and not checkpoint.is_file():
+        raise Failure(f"{checkpoint}: not a regular file; give a Hugging Face folder or a .gguf file", 2)
     config, generation, tokenizer, tensors, extra = (read_folder if folder else read_gguf)(checkpoint, tokenizer_only)
-    name = checkpoint.resolve().name if folder else checkpoint.stem
+    name = one_line(checkpoint.resolve().name if folder else checkpoint.stem)
     rounding = Rounding()
     if tokenizer_only:
         config, weights = tokenizer_config(config, generation, tokenizer, name), {}
@@ -897,24 +1125,46 @@ def main(arguments):
     parser.add_argument("--tokenizer-only", action="store_true", help="no weights, for `speed tokenize` and `info`")
     try:
         options = parser.parse_args(arguments)
-        print("\n".join(export(options.checkpoint, options.out, options.tokenizer_only)))
-        return 0
+        with np.errstate(all="ignore"):  # what comes of strange numbers is checked; numpy's warnings are not for users
+            summary = export(options.checkpoint, options.out, options.tokenizer_only)
     except Failure as failure:
-        print(f"export_weights.py: {failure}", file=sys.stderr)
-        return failure.code
+        return fail(failure, failure.code)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"export_weights.py: {where}{error.strerror or error}; free the space or the permission it needs, "
-              "nothing was written", file=sys.stderr)
-        return 1
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # a value of a kind no checkpoint has
-        print(f"export_weights.py: {options.checkpoint}: not as a checkpoint should be ({type(error).__name__}: "
-              f"{' '.join(str(error).split())[:200]}); get it again", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("export_weights.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return fail(f"{error.filename or options.out}: {error.strerror or error}; free the space or the permission it "
+                    "needs, nothing was written")
+    except (MemoryError, RecursionError):
+        return fail(f"{options.checkpoint}: it takes more memory than there is; get the file again if it is not that "
+                    "large, nothing was written")
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # a value of a kind no checkpoint has
+        return fail(f"{options.checkpoint}: not as a checkpoint should be ({type(error).__name__}: "
+                    f"{str(error)[:200]}); get it again")
+    except KeyboardInterrupt as stop:
+        return fail("interrupted; nothing was written", 128 + (stop.args or (signal.SIGINT,))[0])
+    try:
+        print("\n".join(summary), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries once more at its end
+        return fail(f"standard output: {error.strerror}; check where it goes, {options.out} is written")
+    return 0
 
+
+def fail(why, code=1):
+    print(f"export_weights.py: {one_line(why)}", file=sys.stderr)
+    return code
+
+
+def stop(number, _):
+    for other in STOPS:
+        signal.signal(other, signal.SIG_IGN)  # a second one must not stop the tidying up
+    raise KeyboardInterrupt(number)
+
+
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 if __name__ == "__main__":
+    for each in STOPS:
+        if signal.getsignal(each) == signal.SIG_DFL:  # not one that whoever started this has it ignore
+            signal.signal(each, stop)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe ends it silently
     sys.exit(main(sys.argv[1:]))

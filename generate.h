@@ -173,6 +173,19 @@ inline Options variant(const Options& o, const std::string& spec) {
   return v;
 }
 
+// Full depth, and what --compare lists, or what the policy flags say.
+inline std::vector<Policy> compared_policies(const Options& o, const Config& c) {
+  std::vector<Policy> policies = {full_depth(c.shape.n_layers)};
+  if (!o.compare || o.compare->empty()) {
+    policies.push_back(make_policy(o, c));
+  } else {
+    std::istringstream list(*o.compare);
+    for (std::string spec; std::getline(list, spec, ',');)
+      if (spec != "full") policies.push_back(make_policy(variant(o, spec), c));
+  }
+  return policies;
+}
+
 struct Forced {
   double
       same_top1;  // share of the reference answer's tokens that this policy, fed with that answer, finds likeliest too
@@ -198,14 +211,7 @@ Forced force(const Model& model, const Policy& p, const Request& r, size_t split
 template <class B>
 int compare(const Options& o, const Model& model, const Request& r, B& backend, json& record) {
   const Config& c = model.config;
-  std::vector<Policy> policies = {full_depth(c.shape.n_layers)};
-  if (o.compare->empty()) {
-    policies.push_back(make_policy(o, c));
-  } else {
-    std::istringstream list(*o.compare);
-    for (std::string spec; std::getline(list, spec, ',');)
-      if (spec != "full") policies.push_back(make_policy(variant(o, spec), c));
-  }
+  const std::vector<Policy> policies = compared_policies(o, c);
   const size_t N = r.ids.size(), n = size_t(o.n), context = context_for(o, c, N, n);
   constexpr int rounds = 3;  // a prompt is timed this often, the policies in turn; the table shows the median
   auto run = [&](const Policy& p, const Emit& emit, size_t tokens) {

@@ -39,6 +39,8 @@ struct Options {
   // bench
   std::string prompts = "512", depths = "0", ks;
   int repetitions = 5;
+  // perplexity
+  std::optional<int> prompt_tokens, answer_tokens;
   // output
   std::string format = "text", record, out, dump, device = "auto";
   bool json = false, special = false, decode = false;
@@ -54,6 +56,7 @@ inline const std::vector<Mode>& modes() {
       {"generate", "complete a text, or with --chat answer a question"},
       {"chat", "hold a conversation"},
       {"logits", "write the logits of given tokens to a NumPy file"},
+      {"perplexity", "how well a text is predicted under a policy, beside full depth"},
       {"trace", "show one prompt layer by layer: rows, slots, FLOPs, bytes, time"},
       {"bench", "time prompts and generation beside this machine's ceilings"},
       {"plan", "predict FLOPs and bytes by formula, with no weights at hand"},
@@ -131,7 +134,8 @@ inline void add_flags(CLI::App& app, Options& o) {
   auto in = [&](std::initializer_list<const char*> names) {
     return std::any_of(names.begin(), names.end(), [&](const char* n) { return o.mode == n; });
   };
-  const bool runs = in({"generate", "chat", "logits", "trace", "bench"}), writes = in({"generate", "chat"});
+  const bool runs = in({"generate", "chat", "logits", "perplexity", "trace", "bench"}),
+             writes = in({"generate", "chat"});
   std::string group;
   auto option = [&](const char* flags, auto& value, const char* type, const char* help) {
     return app.add_option(flags, value, help)->type_name(type)->group(group)->take_last();
@@ -141,13 +145,22 @@ inline void add_flags(CLI::App& app, Options& o) {
   group = "Input";
   if (runs || in({"tokenize", "info", "plan"}))
     option("-m,--model", o.model, "FILE", "model (default: $SPEED_MODEL, or the bundled one)");
-  if (in({"generate", "logits", "trace", "tokenize"})) {
+  if (in({"generate", "logits", "perplexity", "trace", "tokenize"})) {
     option("-p,--prompt", o.prompt, "TEXT", "text");
     option("-f,--file", o.file, "FILE", "text from a file; a lone - reads standard input");
   }
-  if (in({"logits"})) {
+  if (in({"logits", "perplexity"})) {
     option("--tokens", o.tokens, "IDS", "token ids, as 1,2,3; nothing is added");
     option("--tokens-file", o.tokens_file, "FILE", "token ids from a file");
+  }
+  if (in({"perplexity"})) {
+    option("--prompt-tokens", o.prompt_tokens, "N",
+           "the text is cut into pieces of N prompt tokens, BoS\nincluded (256),")
+        ->check(whole_number(2, 1 << 20));
+    option("--answer-tokens", o.answer_tokens, "M", "and M that are scored (256); of ids: the last M")
+        ->check(whole_number(1, 1 << 20));
+  }
+  if (in({"logits"})) {
     option("--out", o.out, "FILE", "NumPy file to write: float32 [N - split, vocab]");
   }
   if (in({"tokenize"})) {
@@ -199,11 +212,11 @@ inline void add_flags(CLI::App& app, Options& o) {
         ->group(group);
     option("--keep", o.keep, "LIST", "share: layers that keep a cache, as 0,4,8");
     option("--every", o.every, "G", "share: every G-th layer keeps a cache")->check(whole_number(1, 4096));
-    if (in({"generate", "logits", "trace"}))
+    if (in({"generate", "logits", "perplexity", "trace"}))
       option("--split", o.split, "N", "the first N tokens are prompt, the rest decode-phase")
           ->check(whole_number(0, 1 << 20));
     if (in({"chat"})) flag("--keep-answers", o.keep_answers, "speed: upper layers keep earlier answers");
-    if (in({"generate"}))
+    if (in({"generate", "perplexity"}))
       option("--compare", o.compare, "[LIST]",
              "full depth beside the policy, or beside several:\nspeed:24,speed:24:no-bos,pop:20,share:2")
           ->expected(0, 1);
@@ -237,7 +250,7 @@ inline void add_flags(CLI::App& app, Options& o) {
         ->check(whole_number(1, 1 << 16));
   }
   if (in({"trace"})) option("--dump", o.dump, "FILE", "write the hidden states, .safetensors");
-  if (in({"plan", "trace", "info", "generate", "bench"}))
+  if (in({"plan", "trace", "info", "generate", "perplexity", "bench"}))
     option("-o,--output", o.format, "NAME", "tables as text, md, csv or json")
         ->check(one_of({"text", "md", "csv", "json"}));
   if (in({"plan"})) flag("--json", o.json, "short for -o json");

@@ -5,6 +5,8 @@
 #   ./run.sh FLAGS...     run ./speed FLAGS... with that model, for example  ./run.sh --chat -p "Who wrote Hamlet?" --k 24
 #   ./run.sh --offline    the same demonstration with the small model that comes with the project; no network but for packages
 #   ./run.sh test         build and pass all tests
+#   ./run.sh fuzz         ten minutes of hostile files, texts and templates, made up by libFuzzer
+#   ./run.sh sanitize-threads   the threads under ThreadSanitizer
 #
 # Downloads and the exported model are kept in $SPEED_CACHE (default: ~/.cache/speed), outside this folder.
 set -euo pipefail
@@ -72,6 +74,12 @@ if [ "${1:-}" = test ]; then
   build_tools
   install "to test speed" catch2 libboost-context-dev
   exec make --no-print-directory -j"$(nproc)" test
+fi
+
+if [ "${1:-}" = fuzz ] || [ "${1:-}" = sanitize-threads ]; then
+  build_tools
+  install "for make $1" clang libclang-rt-dev libomp-dev catch2
+  exec make --no-print-directory "$1"
 fi
 
 build_tools

@@ -6,6 +6,7 @@
 #include "bench.h"
 #include "conversation.h"
 #include "generate.h"
+#include "perplexity.h"
 #include "trace.h"
 
 namespace speed {
@@ -264,6 +265,7 @@ inline int run(int argc, char** argv) {
   if (o.mode == "generate") code = on([&](auto& b) { return run_generate(o, record, b); });
   if (o.mode == "chat") code = on([&](auto& b) { return run_chat(o, record, b); });
   if (o.mode == "logits") code = on([&](auto& b) { return run_logits(o, record, b); });
+  if (o.mode == "perplexity") code = on([&](auto& b) { return run_perplexity(o, record, b); });
   if (o.mode == "bench") code = on([&](auto& b) { return run_bench(o, record, b); });
   if (o.mode == "trace") code = on([&](auto& b) { return run_trace(o, record, b); });
   if (o.mode == "tokenize") code = run_tokenize(o, record);

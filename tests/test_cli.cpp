@@ -65,7 +65,7 @@ TEST_CASE("help and version", "[cli]") {
   CHECK(speed_("--version").out.rfind("speed ", 0) == 0);
   const Ran help = speed_("--help");
   CHECK(help.code == 0);
-  for (const char* mode : {"generate", "chat", "logits", "trace", "bench", "plan", "tokenize", "info"}) {
+  for (const char* mode : {"generate", "chat", "logits", "perplexity", "trace", "bench", "plan", "tokenize", "info"}) {
     CHECK(help.out.find(mode) != std::string::npos);
     const Ran r = speed_(std::string(mode) + " --help");
     CHECK(r.code == 0);
@@ -249,6 +249,93 @@ TEST_CASE("logits", "[cli]") {
   CHECK_FALSE(std::filesystem::exists(scratch / "x.npy"));
   CHECK(speed_("logits" + on_tied + "--tokens 1,2,3 --k 2 --no-bos" + out).code == 0);
   CHECK(speed_("logits" + on_tied + "--tokens 269,1,2 --out /nonexistent/x.npy").code == 1);
+}
+
+TEST_CASE("perplexity", "[cli][perplexity]") {
+  Scratch scratch;
+  const std::string words = "'" + [] {
+    std::string s;
+    for (int i = 0; i < 40; ++i) s += "Feta has a clock. Pale lives in the chapel. ";
+    return s;
+  }() + "'";
+  const std::string on_small = " -m models/small.safetensors ", cut = " --prompt-tokens 40 --answer-tokens 20 ";
+  auto rows = [](const std::string& args) {
+    const Ran r = speed_("perplexity" + args + " -o json");
+    INFO(r.err);
+    REQUIRE(r.code == 0);
+    return json::parse(r.out)["rows"];
+  };
+  const json two = rows(on_small + "-p " + words + cut + "--k 2 --record " + (scratch / "r.json"));
+  REQUIRE(two.size() == 2);
+  for (const char* key :
+       {"policy", "k", "bos", "name", "tokens", "ppl", "ppl_stderr", "kl_mean", "kl_p99", "same_top1"})
+    CHECK(two[1].contains(key));
+  CHECK(two[0]["policy"] == "full");
+  CHECK(two[0]["kl_mean"] == 0);
+  CHECK(two[1]["k"] == 2);
+  CHECK(two[1]["kl_mean"] > 0);
+  CHECK(two[1]["kl_p99"] > two[1]["kl_mean"]);
+  CHECK(two[0]["tokens"] == two[1]["tokens"]);
+  CHECK(json::parse(read_file(scratch / "r.json"))["results"] == two);
+  const json list = rows(on_small + "-p " + words + cut + "--compare speed:8,speed:2,speed:2:no-bos,pop:3");
+  REQUIRE(list.size() == 5);
+  CHECK(list[1]["ppl"] == list[0]["ppl"]);  // K = L
+  CHECK(list[1]["same_top1"] == 1.0);
+  CHECK(list[2] == two[1]);
+  CHECK(list[3]["bos"] == false);
+  CHECK(rows(on_small + "-p " + words + cut + "-t 1 --k 2") == two);
+  CHECK(rows(on_small + "-p " + words + cut + "--policy full").size() == 1);
+
+  // One piece, given as ids: the same as the text that it is.
+  std::string ids = speed_("tokenize" + on_small + "-p " + words).out;
+  std::istringstream in(ids);
+  std::vector<int> piece = {Model("models/small.safetensors").config.bos};
+  for (int id; piece.size() < 60 && in >> id;) piece.push_back(id);
+  const std::string given = on_small + "--k 2 --tokens " + joined(piece);
+  std::ofstream(scratch / "text")
+      << speed_("tokenize" + on_small + "--decode -p '" + joined({piece.begin() + 1, piece.end()}) + "'").out;
+  const json whole = rows(on_small + cut + "--k 2 -f " + (scratch / "text"));
+  CHECK(whole[1]["tokens"] == 20);
+  CHECK(rows(given + " --answer-tokens 20") == whole);
+  CHECK(rows(given + " --split 39") == whole);
+  CHECK(rows(given + " --split 39 --answer-tokens 20") == whole);
+  CHECK(rows(given + " --split 30 --answer-tokens 20")[1]["tokens"] == 20);
+  CHECK(rows(given + " --split 30 --answer-tokens 20") != whole);
+  CHECK(rows(given)[1]["tokens"] == 1);
+  CHECK(rows(given)[1]["ppl_stderr"].is_null());
+
+  const Ran text = speed_("perplexity" + on_small + "-p " + words + cut + "--k 2");
+  CHECK(text.out.find(" pieces of 40 prompt and 20 answer tokens") != std::string::npos);
+  std::istringstream lines(text.out);
+  for (std::string line; std::getline(lines, line);) CHECK(line.size() <= 120);
+  CHECK(speed_("perplexity" + on_small + "-p " + words + cut + "--k 2 -o md").out.rfind("| policy", 0) == 0);
+  CHECK(speed_("perplexity" + on_small + "--prompt-tokens 50 --answer-tokens 5 --k 2 -f " + (scratch / "text"))
+            .err.find("the last 5 tokens are too few") != std::string::npos);
+  refused("perplexity" + on_small, 2, "none given");
+  refused("perplexity" + given + " -p hi", 2, "more than one way");
+  refused("perplexity" + given + " --tokens-file x", 2, "more than one way");
+  refused("perplexity" + given + " --prompt-tokens 9", 2, "not cut");
+  refused("perplexity" + given + " --split 59", 2, "1 to 58");
+  refused("perplexity" + given + " --split 40 --answer-tokens 20", 2, "1 to 39");
+  refused("perplexity" + given + " --split 0", 2, "1 to 58");
+  refused("perplexity" + given + " --answer-tokens 59", 2, "1 to 58");
+  refused("perplexity" + given + ",768", 2, "token 768");
+  refused("perplexity" + on_small + "--tokens 0,1", 2, "3 or more");
+  refused("perplexity" + on_small + "--tokens 0,x,1", 2, "\"x\"");
+  refused("perplexity" + on_small + "--tokens-file /nonexistent", 1, "/nonexistent");
+  refused("perplexity" + on_small + "-p hi --split 1", 2, "--prompt-tokens");
+  refused("perplexity" + on_small + "-p hi", 2, "too few");
+  refused("perplexity" + on_small + "-p '' ", 2, "too few");
+  refused("perplexity" + on_small + "-p hi --prompt-tokens 1", 2, "from 2 to");
+  refused("perplexity" + on_small + "-p hi --answer-tokens 0", 2, "from 1 to");
+  refused("perplexity" + on_small + "-p hi --compare sped:2", 2, "\"sped:2\"");
+  refused("perplexity" + on_small + "-p hi --k 9", 2, "8 layers");
+  refused("perplexity" + on_small + "--tokens 1,2,3,4 --k 2", 2, "expected BoS");
+  CHECK(shell("printf 'ab\\377c' | SPEED perplexity" + on_small + "-").code == 1);
+  CHECK(shell("yes 'Feta has a clock.' | head -5000 >" + (scratch / "long") +
+              "; timeout --preserve-status -s INT 0.5 SPEED perplexity -t 1 --k 2" + on_small + "-f " +
+              (scratch / "long"))
+            .code == 130);
 }
 
 TEST_CASE("tokenize", "[cli]") {

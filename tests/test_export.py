@@ -6,11 +6,14 @@ import contextlib
 import copy
 import io
 import json
+import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -27,6 +30,7 @@ try:
 except ImportError:
     gguf = None
 
+START_BYTES = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 DROP = object()  # as a value: remove the key
 SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=4,
              intermediate_size=19, vocab_size=275, rope_theta=500000.0, rope_scaling=random_models.LLAMA3)
@@ -34,14 +38,24 @@ SWIFTKV = dict(SMALL, num_hidden_layers=5, num_key_value_layers=2, key_value_gro
 
 
 def export(*arguments):
-    """(exit code, stdout, stderr) of the exporter, run in this process."""
+    """(exit code, stdout, stderr) of the exporter, run in this process. Bounded in time, whatever it is given."""
     out, err = io.StringIO(), io.StringIO()
+    began = time.process_time()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = export_weights.main([str(a) for a in arguments])
         except SystemExit as stop:
             code = stop.code
+    if time.process_time() - began > 5:
+        raise AssertionError(f"{time.process_time() - began:.1f} s of processor time: {arguments}")
     return code, out.getvalue(), err.getvalue()
+
+
+def tearDownModule():
+    """Nothing above made the exporter take memory: its largest honest need here is a few MB."""
+    took = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - START_BYTES
+    if took > 256 << 20:
+        raise AssertionError(f"the tests took {took >> 20} MB")
 
 
 def change(target, changes):
@@ -79,6 +93,17 @@ class Case(unittest.TestCase):
         code, out, err = export(self.checkpoint, self.out, *more)
         self.assertEqual((code, err), (0, ""))
         return export_weights.Safetensors(self.out), out
+
+    def survive(self, *more):
+        """The exporter accepts, or says why not in one line and leaves no file. Returns what it said."""
+        code, _, err = export(self.checkpoint, self.out, *more)
+        if code:
+            self.assertEqual(code, 1, err)
+            self.assertRegex(err, r"\Aexport_weights\.py: [^\n]+: [^\n]+\n\Z")
+            self.assertFalse(self.out.exists())
+        else:
+            self.out.unlink()
+        return err
 
     def refuse(self, word, code=1, arguments=None):
         """The exporter says `word` in one line, exits with `code` and leaves no file behind."""
@@ -560,13 +585,126 @@ class HostileSafetensors(Case):
                         at = at[key]
                     at[spot[-1]] = wrong
                     (self.checkpoint / name).write_text(json.dumps(new))
-                    code, out, err = export(self.checkpoint, self.out, "--tokenizer-only")
-                    self.assertIn(code, (0, 1, 2))
-                    if code:
-                        self.assertRegex(err, r"\Aexport_weights\.py: [^\n]+\n\Z", f"{spot} {wrong}")
-                        self.assertFalse(self.out.exists())
-                    else:
-                        self.out.unlink()
+                    with self.subTest(spot=spot, wrong=wrong):
+                        self.survive("--tokenizer-only")
+
+
+class HostileFolders(Case):
+    def test_files_that_are_none(self):
+        self.write()
+        (self.folder / "loop").symlink_to("loop")
+        self.refuse("loop: no such file or folder", 2, (self.folder / "loop", self.out))
+        self.refuse("model.safetensors", 2, (self.checkpoint, self.folder / "loop" / "model.safetensors"))
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            for make in (lambda path: path.symlink_to(path.name), os.mkfifo, Path.mkdir):
+                self.write()
+                (self.checkpoint / name).unlink()
+                make(self.checkpoint / name)
+                with self.subTest(name=name):
+                    self.refuse("safetensors" if name.startswith("model") else name,
+                                1 if name.startswith("model") else 2)
+                (self.checkpoint / name).rmdir() if make == Path.mkdir else (self.checkpoint / name).unlink()
+        os.mkfifo(self.folder / "pipe.gguf")
+        self.refuse("not a regular file", 2, (self.folder / "pipe.gguf", self.out))
+        os.mkfifo(self.out)
+        self.write()
+        self.refuse("not a regular file", 2)
+
+    def test_larger_than_any(self):
+        for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"):
+            self.write()
+            with open(self.checkpoint / name, "ab") as file:
+                file.truncate(export_weights.JSON_LIMIT + 1)
+            self.refuse(f"{name}: larger than")
+            (self.checkpoint / name).unlink()
+        self.write()
+        with open(self.checkpoint / "model.safetensors", "r+b") as file:
+            file.write(((1 << 30) - 8).to_bytes(8, "little"))
+            file.truncate(1 << 30)
+        self.refuse("header says")
+
+    def test_numbers_beyond_the_engine(self):
+        for key, value in (("vocab_size", (1 << 24) + 1), ("hidden_size", (1 << 17) + 1), ("num_attention_heads", 4097),
+                           ("num_key_value_heads", 4097), ("head_dim", 1026), ("intermediate_size", (1 << 20) + 1),
+                           ("max_position_embeddings", (1 << 30) + 1), ("num_hidden_layers", 4097),
+                           ("rms_norm_eps", 1.5), ("rope_theta", 0.5), ("rope_scaling.factor", 0.5),
+                           ("rope_scaling.low_freq_factor", 1e-7), ("rope_scaling.high_freq_factor", 1e7)):
+            self.write()
+            self.rewrite("config.json", {key: value})
+            self.refuse(key.split(".")[-1])
+
+    def test_weight_map(self):
+        self.write()
+        index = self.checkpoint / "model.safetensors.index.json"
+        for file, word in (("/etc/passwd", "outside"), ("../model.safetensors", "outside"), ("a/b", "outside"),
+                           ("..", "such file"), (".", "outside"), ("", "such file"), (7, "int"), (None, "NoneType"),
+                           ("\0", "such file")):
+            index.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+            with self.subTest(file=file):
+                self.refuse(word)
+        for text, word in (('{"weight_map": []}', "list"), ('{"weight_map": 1}', "int"), ("{}", "weight_map"),
+                           ('{"weight_map": {}}', "no .safetensors file")):
+            index.write_text(text)
+            self.refuse(word, 2 if "{}}" in text else 1)
+
+    def test_tokens_the_engine_would_refuse(self):
+        for changes, word in (
+                ({"model.vocab.Ã©": 268, "model.vocab.é": 274}, None),  # the letter é stands for the byte E9
+                ({"model.vocab.あ": 268, "model.vocab.ãģĤ": 274}, "same bytes"),
+                ({"added_tokens.0.content": "<" * 1025}, "1024"), ({"model.merges.3": "a "}, "merge 3"),
+                ({"added_tokens.0.content": "the", "added_tokens.0.id": 257}, "holds an added token"),
+                ({"model.vocab.th": "\ud800"}, "vocab"), ({"added_tokens.0.content": "\ud800"}, "surrogates"),
+                ({"pre_tokenizer.pretokenizers.0.pattern.Regex": "a" * 4097}, "4096"),
+                ({"pre_tokenizer.pretokenizers": 17 * [{"type": "Digits"}] + [{"type": "ByteLevel"}]}, "16")):
+            self.write()
+            data = change(random_models.tokenizer_json(), {k: v for k, v in changes.items() if "model.vocab" not in k})
+            data["model"]["vocab"].update({k.split(".")[-1]: v for k, v in changes.items() if "model.vocab" in k})
+            if 268 in changes.values():
+                data["model"]["merges"].pop()
+                del data["model"]["vocab"]["Ġand"]
+            (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
+            with self.subTest(changes=str(changes)[:100]):
+                if word:
+                    self.refuse(word)
+                else:
+                    self.accept()
+                    self.out.unlink()
+
+    def test_many_added_tokens_take_no_more_than_their_number(self):
+        self.write()
+        data = random_models.tokenizer_json()
+        data["added_tokens"] += [{"id": 274 + i, "content": f"<{i}>", "normalized": False} for i in range(100000)]
+        (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
+        self.refuse("vocab_size")
+        for token in data["added_tokens"]:
+            token["normalized"] = True
+        (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
+        self.refuse("normalized")
+
+    def test_names_for_a_terminal(self):
+        self.checkpoint = self.folder / "a\x1b[2Jb\udcff"
+        self.write()
+        self.assertEqual(meta(self.accept()[0], "config")["name"], "a?[2Jb?")
+        self.out.unlink()
+        tensors = random_models.random_tensors(random_models.base_config(SMALL), 5)
+        tensors["\x1b[31m\n" + 5000 * "x"] = np.ones(2, np.float32)
+        random_models.write_safetensors(self.checkpoint / "model.safetensors", tensors)
+        code, _, err = export(self.checkpoint, self.out)
+        self.assertEqual(code, 1)
+        self.assertRegex(err, r"\Aexport_weights\.py: .{1000}\.\.\..{1000}\n\Z")
+        self.assertTrue(err[:-1].isprintable())
+
+    def test_cut_short_while_it_is_read(self):
+        self.write()
+        path = self.checkpoint / "model.safetensors"
+        chunks = export_weights.weight_chunks
+
+        def cutting(*arguments):
+            os.truncate(path, path.stat().st_size // 2)
+            return chunks(*arguments)
+
+        with mock.patch.object(export_weights, "weight_chunks", cutting):
+            self.refuse("and did not before")
 
 
 class NoHalfWrittenFile(Case):
@@ -578,6 +716,89 @@ class NoHalfWrittenFile(Case):
         self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["model", "out.safetensors"])
         self.assertEqual(self.out.read_bytes(), b"older")
 
+    def test_interrupted_at_any_line_of_the_writing(self):
+        self.write()
+        self.accept()
+        whole = self.out.read_bytes()
+
+        def interrupt_at(line):
+            left = [line]
+
+            def trace(frame, event, _):
+                if frame.f_code.co_filename == export_weights.__file__ and event == "line":
+                    left[0] -= 1
+                    if left[0] == 0:
+                        sys.settrace(None)
+                        raise KeyboardInterrupt
+                return trace
+
+            return trace, left
+
+        write_file = export_weights.write_file
+        for line in (*range(1, 400, 7), *range(400, 100000, 400)):
+            self.out.write_bytes(b"older")
+            trace, left = interrupt_at(line)
+
+            def traced(*arguments):
+                sys.settrace(trace)
+                try:
+                    return write_file(*arguments)
+                finally:
+                    sys.settrace(None)
+
+            with mock.patch.object(export_weights, "write_file", traced):
+                code, _, err = export(self.checkpoint, self.out)
+            self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["model", "out.safetensors"])
+            if left[0] > 0:  # it was done before this line
+                self.assertEqual((code, self.out.read_bytes()), (0, whole))
+                break
+            self.assertEqual((code, err), (130, "export_weights.py: interrupted; nothing was written\n"))
+            self.assertIn(self.out.read_bytes(), (b"older", whole))
+        else:
+            self.fail("the writing never ended")
+
+    def test_signals(self):
+        self.write()
+        spec = dict(SMALL, intermediate_size=1 << 20)  # 600 MB of zeros, which take no room on a disk
+        self.rewrite("config.json", {"intermediate_size": 1 << 20})
+        shapes, _ = export_weights.expected_tensors(export_weights.check_config(random_models.base_config(spec), {}, ""))
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            begin, end = end, end + 4 * int(np.prod(shape))
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        with open(self.checkpoint / "model.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            run = subprocess.Popen([sys.executable, ROOT / "export_weights.py", self.checkpoint, self.out],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while not list(self.folder.glob(".*.part")):
+                self.assertIsNone(run.poll())
+                time.sleep(0.001)
+            run.send_signal(number)
+            run.send_signal(number)
+            out, err = run.communicate()
+            self.assertEqual((run.returncode, out, err),
+                             (128 + number, "", "export_weights.py: interrupted; nothing was written\n"))
+            self.assertEqual([p.name for p in self.folder.iterdir()], ["model"])
+
+    def test_a_second_signal_does_not_stop_the_tidying_up(self):
+        with mock.patch.object(signal, "signal") as set_handler, self.assertRaises(KeyboardInterrupt):
+            export_weights.stop(signal.SIGINT, None)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            set_handler.assert_any_call(number, signal.SIG_IGN)
+
+    def test_standard_output(self):
+        self.write()
+        command = f"{sys.executable} {ROOT / 'export_weights.py'} {self.checkpoint} {self.out}"
+        done = subprocess.run(command + " >/dev/full", shell=True, stderr=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"\Aexport_weights\.py: standard output: No space left[^\n]+ is written\n\Z")
+        done = subprocess.run(command + " | true", shell=True, stderr=subprocess.PIPE, text=True)
+        self.assertEqual(done.stderr, "")
+        self.assertTrue(self.out.exists())
+
     def test_disk_full(self):
         self.write()
 
@@ -588,7 +809,7 @@ class NoHalfWrittenFile(Case):
         done = subprocess.run([sys.executable, ROOT / "export_weights.py", self.checkpoint, self.out],
                               capture_output=True, preexec_fn=limit, text=True)
         self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, r"\Aexport_weights\.py: [^\n]+\n\Z")
+        self.assertRegex(done.stderr, r"\Aexport_weights\.py: [^\n]+out\.safetensors: File too large; [^\n]+\n\Z")
         self.assertEqual([p.name for p in self.folder.iterdir()], ["model"])
 
     def test_not_as_written(self):
@@ -648,6 +869,25 @@ class ChatTemplates(Case):
                          "{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}{% endfor %}"):
             self.assertIsNone(self.recognised(template), template)
         self.assertIsNone(self.recognised(self.CHATML, random_models.SPECIAL))
+
+    def test_hostile(self):
+        """Templates that run for ever, take all memory or say too much are unknown ones."""
+        loop = "{% for i in range(99999) %}"
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with mock.patch.multiple(export_weights, TEMPLATE_SECONDS=1, TEMPLATE_MEMORY=128 << 20):
+            for template in (8 * loop + 8 * "{% endfor %}", "{{ 9 ** 9 ** 9 }}", "{{ 'a' * 10 ** 12 }}",
+                             "{% set ns = namespace(s='a') %}" + loop + "{% set ns.s = ns.s + ns.s %}{% endfor %}",
+                             loop + 999 * "x" + "{% endfor %}", "{{ " + 10000 * "(" + "1" + 10000 * ")" + " }}",
+                             1000 * "{% if 1 %}" + 1000 * "{% endif %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+                             "x" * (export_weights.TEMPLATE_LIMIT + 1),
+                             self.CHATML.replace("Help.", 16385 * "x")):
+                with self.subTest(template=template[:50]):
+                    self.assertIsNone(self.recognised(template))
+            self.assertIsNotNone(self.recognised(self.CHATML.replace("Help.", 16384 * "x")))
+        took = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.assertLess(took.ru_utime + took.ru_stime - began.ru_utime - began.ru_stime, 15)
+        here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.assertLessEqual(took.ru_maxrss, max(began.ru_maxrss, here + (256 << 10)))  # KiB
 
     def test_where_it_is_read_from(self):
         self.write()
@@ -775,12 +1015,105 @@ class Gguf(Case):
         self.write_gguf(extra={"blk.0.attn_q.bias": np.ones(24, np.float32)})
         self.refuse("blk.0.attn_q.bias")
 
-    def test_truncated(self):
+    def fields(self):
+        """(where, struct's letters) of every number in the header of the file, but only one in ten of the lengths of
+        tokens and merges."""
+        found = []
+
+        class Recorder(export_weights.Gguf):
+            def take(self, format):
+                found.append((self.at, format))
+                return super().take(format)
+
+        Recorder(self.checkpoint, gguf)
+        at = found[0][0] + 4
+        found[0:1] = [(0, "I"), (at, "I"), (at + 4, "Q"), (at + 12, "Q")]
+        return [f for i, f in enumerate(found) if not 80 < i < len(found) - 90 or i % 10 == 0]
+
+    def test_truncated_at_every_field(self):
         self.write_gguf()
         whole = self.checkpoint.read_bytes()
-        for size in [0, 3, 8, 24, 30, 100, 1000, len(whole) // 2, len(whole) - 40000]:
+        cuts = {at + shift for at, _ in self.fields() for shift in (0, 1, 4)}
+        for size in sorted(cuts | {len(whole) - 1, len(whole) - 40, len(whole) - 40000}):
             self.checkpoint.write_bytes(whole[:size])
             self.refuse("model.gguf")
+
+    def test_every_number_replaced(self):
+        self.write_gguf()
+        whole = self.checkpoint.read_bytes()
+        refused = 0
+        for at, letters in self.fields():
+            for wrong in (b"\0", b"\xff", b"\x7f"):
+                size = struct.calcsize("<" + letters)
+                new = wrong * size
+                if letters == "f" and wrong == b"\x7f":
+                    new = struct.pack("<f", np.nan)
+                elif wrong == b"\x7f":  # large, and not so large that it must be seen at once
+                    new = b"\xff\xff\xff\x0f\0\0\0\0"[:size].ljust(size, b"\0")
+                self.checkpoint.write_bytes(whole[:at] + new + whole[at + size:])
+                with self.subTest(at=at, letters=letters, new=new):
+                    refused += self.survive() != ""
+        self.assertGreater(refused, 500)
+
+    def test_tensors(self):
+        self.write_gguf()
+        whole = self.checkpoint.read_bytes()
+        fields = self.fields()[-4 * 21:]  # of each of 21 tensors: its name's length, rank, shape, then type and offset
+        for (at, _), new, word in ((fields[1], (0,), "0 dimensions"), (fields[1], (5,), "5 dimensions"),
+                                   (fields[2], (0, 275), "shape [275, 0]"), (fields[2], (1 << 63, 1 << 63), "ends at byte"),
+                                   (fields[2], (24, 276), "in another tensor"), (fields[2], (24, 274), "by the config"),
+                                   (fields[3], (99, 0), "tensor type 99"), (fields[3], (8, 0), "blocks have 32"),
+                                   (fields[3], (26, 0), "I32"), (fields[-1], (0, 0), "in another tensor"),
+                                   (fields[-1], (0, 1 << 40), "ends at byte"), (fields[-1], (0, 1), "unaligned")):
+            letters = {1: "I", 2: "QQ"}[len(new)] if at != fields[3][0] and at != fields[-1][0] else "IQ"
+            size = struct.calcsize("<" + letters)
+            self.checkpoint.write_bytes(whole[:at] + struct.pack("<" + letters, *new) + whole[at + size:])
+            with self.subTest(new=new):
+                self.refuse(word)
+
+    def test_header(self):
+        def text(s):
+            return struct.pack("<Q", len(s)) + s
+
+        def file(*values, version=3, tensors=0, count=None):
+            head = struct.pack("<4sIQQ", b"GGUF", version, tensors, len(values) if count is None else count)
+            self.checkpoint = self.folder / "model.gguf"
+            self.checkpoint.write_bytes(head + b"".join(values))
+
+        def value(kind, data, key=b"a"):
+            return text(key) + struct.pack("<I", kind) + data
+
+        nested = value(9, b"".join(struct.pack("<IQ", 9, 1) for _ in range(100000)))
+        for arguments, options, word in (
+                ((), dict(version=1), "version 1"), ((), dict(version=3 << 24), "version"),
+                ((), dict(count=1 << 60), "ends within"), ((), dict(tensors=1 << 60), "ends within"),
+                ((value(13, b""),), {}, "type 13"), ((nested,), {}, "list of type 9"),
+                ((value(9, struct.pack("<IQ", 4, 1 << 62)),), {}, "ends within"),
+                ((value(9, struct.pack("<IQ", 8, 1 << 62)),), {}, "ends within"),
+                ((value(9, struct.pack("<IQ", 0, 1 << 62)),), {}, "ends within"),
+                ((value(8, struct.pack("<Q", (1 << 64) - 1)),), {}, "ends within"),
+                ((value(8, text(b"\xff")),), {}, "not UTF-8"), (2 * (value(7, b"x"),), {}, "a is there twice"),
+                ((value(4, b"\0\0\0\0", b"general.alignment"),), {}, "general.alignment is 0"),
+                ((value(8, text(b"llama"), b"general.architecture"),), {}, "llama."), ((), {}, "architecture None")):
+            file(*arguments, **options)
+            with self.subTest(word=word, options=options):
+                self.refuse(word)
+        self.checkpoint.write_bytes(b"GGUF" + 100 * b"\0")
+        self.refuse("version 0")
+        with open(self.checkpoint, "wb") as sparse:  # an endless text, of nothing
+            sparse.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1 << 39))
+            sparse.truncate(1 << 40)
+        self.refuse("longer than 64 MB")
+
+    def test_damaged_blocks(self):
+        spec = dict(SMALL, rope_scaling=None, hidden_size=36, intermediate_size=64)
+        tensors = random_models.random_tensors(random_models.base_config(spec), 5)
+        self.write_gguf({"llama.embedding_length": 36, "llama.feed_forward_length": 64}, tensors,
+                        gguf.GGMLQuantizationType.Q8_0)
+        whole = self.checkpoint.read_bytes()
+        begin = export_weights.Gguf(self.checkpoint, gguf).tensors["blk.1.ffn_down.weight"][2]
+        self.checkpoint.write_bytes(whole[:begin] + b"\xff\xff" + whole[begin + 2:])  # its first scale
+        self.refuse("model.layers.1.mlp.down_proj.weight: holds NaN")
 
     def test_without_the_package(self):
         self.write_gguf()

@@ -3,7 +3,9 @@
 // A harness aborts on a finding; libFuzzer then keeps the input. An Error of the promised form is no finding.
 #pragma once
 
-#include <ctime>
+#include <sys/time.h>
+
+#include <csignal>
 #include <random>
 
 #include "model.h"
@@ -33,18 +35,22 @@ bool accepted(Act&& act) {
   }
 }
 
-// Processor time of this thread, which a busy machine does not stretch.
-class Seconds {
+// While it lives, more than so many seconds of processor time are a finding. A machine that is busy or paused stretches
+// the clock, not these.
+class Limit {
  public:
-  operator double() const { return now() - start_; }
+  explicit Limit(int seconds) {
+    std::signal(SIGPROF, [](int) { require(false, "an input of this size takes less processor time"); });
+    set(seconds);
+  }
+  ~Limit() { set(0); }
 
  private:
-  static double now() {
-    timespec t{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+  static void set(int seconds) {
+    itimerval t{};
+    t.it_value.tv_sec = seconds;
+    setitimer(ITIMER_PROF, &t, nullptr);
   }
-  double start_ = now();
 };
 
 inline std::string read_file(const std::string& path) {

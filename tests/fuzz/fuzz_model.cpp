@@ -49,9 +49,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const int file = memfd_create("model", 0);
   static const std::string path = "/proc/self/fd/" + std::to_string(file);
   require(ftruncate(file, off_t(size)) == 0 && pwrite(file, data, size, 0) == ssize_t(size), "room for the input");
-  const Seconds seconds;
+  const Limit limit(5);
   accepted([&] { use(Model(path)); });
-  require(seconds < 5, "a file of this size loads in less");
   return 0;
 }
 
@@ -62,7 +61,10 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max
   if (random() % 8 == 0 && !parts.data.empty()) {
     LLVMFuzzerMutate(reinterpret_cast<uint8_t*>(parts.data.data()), parts.data.size(), parts.data.size());
   } else {
-    for (int n = 1 + int(random() % 3); n > 0; --n) mutate(parts.header, random);
+    // The config, the rules and the template are few among many tensors, and hold most of what is checked.
+    const bool metadata = random() % 2 && parts.header.contains("__metadata__");
+    for (int n = 1 + int(random() % 3); n > 0; --n)
+      mutate(metadata ? parts.header["__metadata__"] : parts.header, random);
   }
   return replace(data, size, max_size, parts.file());
 }

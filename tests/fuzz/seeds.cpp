@@ -1,4 +1,5 @@
-// Writes the seeds of the fuzz targets into FOLDER/model, FOLDER/tokenizer and FOLDER/chat, from the golden models.
+// Writes the seeds of the fuzz targets into FOLDER/model, FOLDER/tokenizer and FOLDER/chat, from the golden models, the
+// bundled one and the texts of this project.
 #include <filesystem>
 
 #include "fuzz.h"
@@ -13,15 +14,15 @@ int main(int, char** argv) {
     std::ofstream(folder / target / ("seed-" + std::to_string(count++)), std::ios::binary) << bytes;
   };
   json templates = json::array();
-  for (const char* name : {"tied", "scaled", "swiftkv"}) {
-    const std::string path = "tests/golden/" + std::string(name) + ".safetensors";
-    write("model", read_file(path));
+  for (const std::string path : {"tests/golden/tied.safetensors", "tests/golden/scaled.safetensors",
+                                 "tests/golden/swiftkv.safetensors", "models/small.safetensors"}) {
+    if (std::filesystem::file_size(path) < 1 << 17) write("model", read_file(path));
     // The same without weights.
     Parts parts(read_file(path));
     json header = {{"__metadata__", parts.header["__metadata__"]}},
          config = json::parse(header["__metadata__"]["config"].get<std::string>());
     templates.push_back(json::parse(header["__metadata__"]["chat"].get<std::string>()));
-    config = {{"name", name},
+    config = {{"name", config["name"]},
               {"vocab_size", config["vocab_size"]},
               {"bos_token_id", config["bos_token_id"]},
               {"eos_token_id", config["eos_token_id"]},
@@ -39,6 +40,17 @@ int main(int, char** argv) {
     write("model", parts.file());
   }
 
+  // Real texts, in pieces.
+  for (const char* path : {"README.md", "tokenizer.h", "tests/test_tokenizer.cpp"}) {
+    const std::string text = read_file(path);
+    for (size_t at = 0, size; at < text.size(); at += size) {
+      for (size = std::min<size_t>(2000, text.size() - at);
+           size < text.size() - at && (text[at + size] & 0xC0) == 0x80;)
+        ++size;
+      write("tokenizer", char(count % 2 ? 0 : 12) + text.substr(at, size));
+    }
+  }
+
   // Template forms that the golden models lack: a date, a default system text, marks without trimming.
   json dated = templates[0];
   dated["trim"] = false, dated["system_default"] = "be kind", dated["date_default"] = "26 Jul 2024";
@@ -53,7 +65,7 @@ int main(int, char** argv) {
 
   for (const char* text : {"It's 2024!\n\n  \t x", "a\u00e9\u4f60\U0001F600\u0301", "<|a|><|b|><|", "   ", "aaaaaaab",
                            "\r\n \n", "1234567", "'S 'LL \u017f"})
-    for (char flags : {0, 2, 4, 8, 10, 12}) write("tokenizer", flags + std::string(text));
+    for (char flags : {0, 18, 4, 8, 26, 12}) write("tokenizer", flags + std::string(text));
   // Rules of the input's own: FuzzedDataProvider takes texts from the front, "\\" and a letter after each, and numbers
   // from the end.
   std::mt19937 random(1);

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compares with Hugging Face, live: `make test-hf` calls it with the cache folder. Makes a virtual environment there the
-# first time: about two minutes and 6 GB, most of it torch.
+# first time: about two minutes and 6 GB, most of it torch. With further arguments, `run.sh CACHE SCRIPT ARGUMENTS...`, it
+# runs that Python script there instead.
 set -euo pipefail
 cache=$1
 export SPEED_CACHE=$cache
@@ -18,7 +19,10 @@ if [ ! -e "$venv/done" ]; then
   "$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r tests/hf/requirements.txt
   touch "$venv/done"
 fi
-for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py; do
+[ $# -lt 2 ] || exec "$venv/bin/python" "${@:2}"
+for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py tests/hf/test_perplexity.py; do
   echo "== $test"
   "$venv/bin/python" "$test"
 done
+echo "== study/importance.py --check"
+"$venv/bin/python" study/importance.py --check
