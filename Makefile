@@ -52,7 +52,7 @@ $(BUILD)/%.o: tests/%.cpp $(HEADERS) $(wildcard tests/*.h)
 TESTFLAGS ?= -O1 -march=native
 
 # CUDA kernels on a CPU: device.cuh takes its wrappers from tests/emulator.h. -rdynamic, so that messages name a kernel.
-EMULATED = $(addprefix $(BUILD)/,emulator.o test_emulator.o)
+EMULATED = $(addprefix $(BUILD)/,emulator.o test_emulator.o test_gpu.o)
 $(EMULATED): LANGUAGE += -DSPEED_EMULATOR -Wno-unknown-pragmas
 
 $(BUILD)/tests: $(TESTS) $(BUILD)/emulator.o

@@ -6,6 +6,31 @@
 
 namespace test {
 
+// Does `work` under several schedules of the emulator; on a GPU, whose schedules nobody chooses, once.
+template <class Work>
+void under_seeds(uint64_t seeds, Work work) {
+#ifdef SPEED_EMULATOR
+  for (emulator::options.seed = 1; emulator::options.seed <= seeds; ++emulator::options.seed) work();
+  emulator::options.seed = 1;
+#else
+  for (uint64_t i = 0; i < std::min<uint64_t>(seeds, 1); ++i) work();
+#endif
+}
+
+inline std::vector<bf16> narrow(const std::vector<float>& v) {
+  std::vector<bf16> r(v.size());
+  for (size_t i = 0; i < v.size(); ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(v[i]);
+    r[i].bits = uint16_t(std::isnan(v[i]) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+  return r;
+}
+inline std::vector<float> wide(const std::vector<bf16>& v) {
+  std::vector<float> r(v.size());
+  for (size_t i = 0; i < v.size(); ++i) r[i] = to_float(v[i]);
+  return r;
+}
+
 template <class T>
 class OnDevice {
  public:

@@ -1,0 +1,423 @@
+// Every CUDA kernel against its definition in cpu.h, and whole models through `Gpu` against `Cpu`.
+//
+// g++ compiles this file with the emulator (emulator.h), and `make test` runs it on a CPU; nvcc compiles the same text,
+// and `make gpu-check` runs it on a GPU. The emulator shows wrong arithmetic, layouts, bounds, barriers and waits. It
+// does not show
+//   - a missing memory fence, or anything else that needs two threads at one moment: its threads take turns;
+//   - the hazards of registers and of asynchronous instructions that ptxas must get right, and what it spills;
+//   - how the tensor cores order and round their sums: here one after another, in fp32;
+//   - launches and copies that a real driver refuses, more memory than it has, how kernels share a GPU;
+//   - speed.
+//
+// Tolerances. u = 2^-8 bounds the relative error of rounding to bf16, e = 2^-24 that of rounding to fp32; a sum of n
+// terms in fp32, in whatever order, is wrong by at most n e times the sum of their magnitudes. Each test forms the bound
+// for every single value from these two, and an error is given as a share of its bound: below 1 is right. Inputs are
+// bf16 to begin with, so the definition starts from the same numbers.
+#include "gpu.cuh"
+#include "on_device.h"
+
+using namespace test;
+
+namespace {
+
+constexpr double u = 0x1p-8, e = 0x1p-24;
+
+// The largest |x - ref| as a share of its bound; infinite if there is a NaN.
+template <class Bound>
+double error(const std::vector<float>& x, const std::vector<float>& ref, Bound bound) {
+  double worst = x.size() == ref.size() && !ref.empty() ? 0 : INFINITY;
+  for (size_t i = 0; i < std::min(x.size(), ref.size()); ++i) {
+    const double share = std::abs(double(x[i]) - ref[i]) / (bound(i) + 1e-37);
+    worst = std::max(worst, std::isnan(share) ? INFINITY : share);
+  }
+  return worst;
+}
+
+// Are the values from `from` on as OnDevice made them: never written?
+template <class T>
+bool unwritten(const std::vector<T>& v, size_t from) {
+  const auto* p = reinterpret_cast<const unsigned char*>(v.data());
+  return std::all_of(p + from * sizeof(T), p + v.size() * sizeof(T), [](unsigned char c) { return c == 0xFF; });
+}
+template <class T>
+std::vector<T> first(std::vector<T> v, size_t n) {
+  v.resize(n);
+  return v;
+}
+std::vector<float> magnitudes(std::vector<float> v) {
+  for (float& x : v) x = std::abs(x);
+  return v;
+}
+
+std::vector<float> rounded(const std::vector<float>& v) { return wide(narrow(v)); }
+
+// Cosines and sines of arbitrary angles, [n, half].
+struct Angles {
+  std::vector<float> cos, sin;
+  Angles(Random& random, size_t n) : cos(random.normal(n)), sin(n) {
+    for (size_t i = 0; i < n; ++i) sin[i] = std::sin(cos[i]), cos[i] = std::cos(cos[i]);
+  }
+};
+
+unsigned blocks(size_t work, size_t threads) { return unsigned((work + threads - 1) / threads); }
+
+}  // namespace
+
+TEST_CASE("embedding", "[gpu]") {
+  Random random(1);
+  Stream s;
+  for (size_t d : {8, 72, 2064})
+    for (size_t n : {1, 63, 65}) {
+      const size_t vocab = 50;
+      const auto table = random.weights(vocab * d, 1);
+      std::vector<int> ids(n);
+      for (size_t i = 0; i < n; ++i) ids[i] = int((i * 7 + 49) % vocab);
+      OnDevice<bf16> dt(s, table);
+      OnDevice<int> di(s, ids);
+      OnDevice<float> x(s, (n + 1) * d);
+      launch(kernel::embed, unsigned(n), 128, 0, s, x.get(), dt.get(), di.get(), d);
+      const auto got = x.read();
+      std::vector<float> ref;
+      for (int id : ids)
+        for (size_t i = 0; i < d; ++i) ref.push_back(to_float(table[id * d + i]));
+      CHECK(same_bits(first(got, n * d), ref));
+      CHECK(unwritten(got, n * d));
+    }
+}
+
+TEST_CASE("RMSNorm", "[gpu]") {
+  Random random(2);
+  Stream s;
+  for (size_t d : {8, 72, 576, 4104})
+    for (size_t n : {1, 65})
+      for (unsigned threads : {32, 256})
+        under_seeds(2, [&] {
+          auto x = random.normal(n * d);
+          for (size_t r = 0; r < n; ++r)
+            for (size_t i = 0; i < d; ++i) x[r * d + i] *= float(r + 1);
+          const auto w = random.weights(d, 1);
+          OnDevice<float> dx(s, x);
+          OnDevice<bf16> dw(s, w), y(s, (n + 1) * d);
+          launch(kernel::rmsnorm, unsigned(n), threads, threads / 32 * sizeof(float), s, y.get(), dx.get(), dw.get(), d,
+                 1e-5f);
+          const auto got = y.read();
+          std::vector<float> ref(n * d);
+          definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-5f);
+          // The sum of squares is right to d e, its root to half of that; four roundings follow, and the last to bf16.
+          auto bound = [&](size_t i) { return std::abs(ref[i]) * (u + (double(d) / 2 + 4) * e); };
+          CHECK(error(wide(first(got, n * d)), ref, bound) < 1);
+          CHECK(unwritten(got, n * d));
+          definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 0.1f);
+          CHECK(error(wide(first(got, n * d)), ref, bound) > 1);
+        });
+}
+
+TEST_CASE("SwiGLU", "[gpu]") {
+  Random random(3);
+  Stream s;
+  for (size_t n : {8, 1032, 4096}) {
+    auto gate = random.normal(n), up = random.normal(n);
+    for (float& x : gate) x *= 30;
+    gate = rounded(gate), up = rounded(up);
+    OnDevice<bf16> g(s, narrow(gate)), v(s, narrow(up));
+    launch(kernel::swiglu, blocks(n / 8, 128), 128, 0, s, g.get(), v.get(), n);
+    auto ref = gate;
+    definition::swiglu(ref.data(), up.data(), n);
+    // e^-x: its argument is rounded, and so wrong by |x| e; ex2.approx and three operations add 8 e.
+    CHECK(error(wide(g.read()), ref,
+                [&](size_t i) { return std::abs(ref[i]) * (u + (2 * std::abs(gate[i]) + 8) * e); }) < 1);
+  }
+}
+
+TEST_CASE("RoPE and the cache", "[gpu]") {
+  Random random(4);
+  Stream s;
+  {
+    const size_t half = 64;
+    std::vector<float> f(half);
+    for (size_t i = 0; i < half; ++i) f[i] = std::pow(500000.0f, -float(i) / float(half));
+    const std::vector<int> positions = {0, 1, 2, 100, 8191, 131071};
+    const size_t n = positions.size();
+    OnDevice<float> df(s, f), cos(s, n * half), sin(s, n * half);
+    OnDevice<int> dp(s, positions);
+    launch(kernel::rope_angles, blocks(n * half, 128), 128, 0, s, cos.get(), sin.get(), df.get(), dp.get(), n, half);
+    const auto c = cos.read(), t = sin.read();
+    double worst = 0;
+    for (size_t i = 0; i < n * half; ++i) {
+      const double angle = float(positions[i / half]) * f[i % half];
+      const double here = std::max(std::abs(c[i] - std::cos(angle)), std::abs(t[i] - std::sin(angle)));
+      worst = std::max(worst, std::isnan(here) ? INFINITY : here);
+    }
+    CHECK(worst < e);  // one rounding of a value up to 1
+  }
+  for (size_t n : {1, 63, 65})
+    for (auto [heads, E] : {std::array<size_t, 2>{1, 32}, {3, 64}, {8, 128}}) {
+      const size_t half = E / 2, capacity = n + 9, before = 4;
+      const Angles angles(random, n * half);
+      const auto x = random.normal(n * heads * E), values = random.normal(n * heads * E);
+      OnDevice<float> cos(s, angles.cos), sin(s, angles.sin);
+      OnDevice<bf16> y(s, narrow(x)), raw(s, narrow(x)), v(s, narrow(values));
+      const unsigned grid = blocks(n * heads * half / 8, 128);
+      launch(kernel::rope, grid, 128, 0, s, y.get(), cos.get(), sin.get(), n, heads, E);
+      auto ref = rounded(x);
+      definition::rope(ref.data(), angles.cos.data(), angles.sin.data(), n, heads, E);
+      const auto start = rounded(x);
+      auto bound = [&](size_t i) {  // two products, a sum, a rounding; |cos|, |sin| <= 1
+        const size_t other = i % E < half ? i + half : i - half;
+        return std::abs(ref[i]) * u + 3 * e * (std::abs(start[i]) + std::abs(start[other]));
+      };
+      const auto turned = y.read();
+      CHECK(error(wide(turned), ref, bound) < 1);
+
+      for (bool rotated : {true, false}) {
+        OnDevice<bf16> ck(s, heads * capacity * E), cv(s, heads * capacity * E);
+        launch(kernel::append, grid, 128, 0, s, ck.get(), cv.get(), capacity, before, raw.get(), v.get(),
+               rotated ? cos.get() : nullptr, rotated ? sin.get() : nullptr, n, heads, E);
+        const auto gk = ck.read(), gv = cv.read(), plain = narrow(x), pv = narrow(values);
+        size_t wrong = 0;
+        for (size_t h = 0; h < heads; ++h)
+          for (size_t slot = 0; slot < capacity; ++slot)
+            for (size_t i = 0; i < E; ++i) {
+              const size_t at = (h * capacity + slot) * E + i, from = ((slot - before) * heads + h) * E + i;
+              const bool mine = slot >= before && slot < before + n;
+              wrong += gk[at].bits != (!mine ? 0xFFFF : (rotated ? turned : plain)[from].bits);
+              wrong += gv[at].bits != (!mine ? 0xFFFF : pv[from].bits);
+            }
+        CHECK(wrong == 0);
+      }
+    }
+}
+
+namespace {
+
+// A single row's product: the bound of its sums. A lane adds in / 32 products, the warp 5 more; twice that is allowed.
+struct Row {
+  size_t in;
+  std::vector<bf16> x;
+  std::vector<float> wide_x;
+  Row(Random& random, size_t in) : in(in), x(narrow(random.normal(in))), wide_x(wide(x)) {}
+  std::vector<float> times(const std::vector<bf16>& w) const {
+    std::vector<float> y(w.size() / in);
+    definition::matmul(y.data(), wide_x.data(), w.data(), 1, in, y.size(), false);
+    return y;
+  }
+  std::vector<float> slack(const std::vector<bf16>& w) const {  // e times the sums of magnitudes, times their lengths
+    std::vector<float> y(w.size() / in);
+    const auto a = magnitudes(wide_x);
+    const auto b = narrow(magnitudes(wide(w)));
+    definition::matmul(y.data(), a.data(), b.data(), 1, in, y.size(), false);
+    for (float& v : y) v *= float(2 * (double(in) / 32 + 5) * e);
+    return y;
+  }
+};
+
+template <class Rows>
+void matvec(const Stream& s, const Rows& rows, const bf16* x, int in, size_t pairs) {
+  launch(kernel::matvec<Rows>, blocks(pairs, kernel::matvec_threads / 32), kernel::matvec_threads, 0, s, x, in, rows);
+}
+
+}  // namespace
+
+TEST_CASE("matrix-vector products", "[gpu]") {
+  Random random(5);
+  Stream s;
+  for (size_t in : {8, 72, 264, 1032, 2824})
+    for (size_t out : {1, 2, 33})
+      under_seeds(2, [&] {
+        INFO("in " << in << ", out " << out);
+        const Row row(random, in);
+        OnDevice<bf16> x(s, row.x);
+        const auto w = random.weights(out * in, 1);
+        OnDevice<bf16> dw(s, w), narrow_y(s, out + 1);
+        const auto start = random.normal(out);
+        auto ref = row.times(w);
+        const auto slack = row.slack(w);
+        OnDevice<float> y(s, out + 1), added(s, start);
+        matvec(s, kernel::Product<float>{y.get(), dw.get(), int(in), int(out), false}, x.get(), int(in), (out + 1) / 2);
+        matvec(s, kernel::Product<bf16>{narrow_y.get(), dw.get(), int(in), int(out), false}, x.get(), int(in),
+               (out + 1) / 2);
+        matvec(s, kernel::Product<float>{added.get(), dw.get(), int(in), int(out), true}, x.get(), int(in),
+               (out + 1) / 2);
+        const auto got = y.read();
+        CHECK(error(first(got, out), ref, [&](size_t i) { return slack[i]; }) < 1);
+        CHECK(unwritten(got, out));
+        const auto gn = narrow_y.read();
+        CHECK(error(wide(first(gn, out)), ref, [&](size_t i) { return slack[i] + u * std::abs(ref[i]); }) < 1);
+        CHECK(unwritten(gn, out));
+        for (size_t i = 0; i < out; ++i) ref[i] += start[i];
+        CHECK(error(added.read(), ref, [&](size_t i) { return slack[i] + e * std::abs(ref[i]); }) < 1);
+      });
+}
+
+TEST_CASE("a single row's queries, keys, values and gate", "[gpu]") {
+  Random random(6);
+  Stream s;
+  for (auto [in, heads, E] : {std::array<size_t, 3>{72, 1, 32}, {264, 3, 64}, {1032, 2, 128}}) {
+    const size_t out = heads * E, half = E / 2, capacity = 7, slot = 5;
+    const Row row(random, in);
+    const Angles angles(random, half);
+    const auto wk = random.weights(out * in, 0.1f), wv = random.weights(out * in, 0.1f);
+    OnDevice<bf16> x(s, row.x), dk(s, wk), dv(s, wv), q(s, out + 1), ck(s, heads * capacity * E),
+        cv(s, heads * capacity * E);
+    OnDevice<float> cos(s, angles.cos), sin(s, angles.sin);
+    OnDevice<uint32_t> begin(s, std::vector<uint32_t>{3});
+    matvec(s, kernel::Queries{q.get(), dk.get(), cos.get(), sin.get(), int(in), int(heads), int(E)}, x.get(), int(in),
+           out / 2);
+    matvec(s,
+           kernel::KeysValues{ck.get(), cv.get(), capacity, begin.get(), 2, dk.get(), dv.get(), cos.get(), sin.get(),
+                              int(in), int(heads), int(E)},
+           x.get(), int(in), out);
+    auto ref = row.times(wk);
+    const auto raw = ref, slack = row.slack(wk), ref_v = row.times(wv), slack_v = row.slack(wv);
+    definition::rope(ref.data(), angles.cos.data(), angles.sin.data(), 1, heads, E);
+    auto bound = [&](size_t i) {
+      const size_t other = i % E < half ? i + half : i - half;
+      return u * std::abs(ref[i]) + slack[i] + slack[other] + 3 * e * (std::abs(raw[i]) + std::abs(raw[other]));
+    };
+    const auto gq = q.read(), gk = ck.read(), gv = cv.read();
+    CHECK(error(wide(first(gq, out)), ref, bound) < 1);
+    CHECK(unwritten(gq, out));
+    size_t wrong = 0;
+    std::vector<float> k, v;
+    for (size_t h = 0; h < heads; ++h)
+      for (size_t i = 0; i < capacity; ++i)
+        for (size_t j = 0; j < E; ++j) {
+          const size_t at = (h * capacity + i) * E + j;
+          if (i == slot) k.push_back(to_float(gk[at])), v.push_back(to_float(gv[at]));
+          else wrong += gk[at].bits != 0xFFFF || gv[at].bits != 0xFFFF;
+        }
+    CHECK(wrong == 0);
+    CHECK(error(k, ref, bound) < 1);
+    CHECK(error(v, ref_v, [&](size_t i) { return u * std::abs(ref_v[i]) + slack_v[i]; }) < 1);
+
+    OnDevice<bf16> y(s, out + 1);
+    matvec(s, kernel::Gated{y.get(), dk.get(), dv.get(), int(in), int(out)}, x.get(), int(in), out);
+    auto gated = raw;
+    definition::swiglu(gated.data(), ref_v.data(), out);
+    const auto gy = y.read();
+    // silu's slope is at most 1.1; its own error as in "SwiGLU".
+    CHECK(error(wide(first(gy, out)), gated, [&](size_t i) {
+            return (u + (2 * std::abs(raw[i]) + 8) * e) * std::abs(gated[i]) + 1.1 * slack[i] * std::abs(ref_v[i]) +
+                   slack_v[i] * std::abs(raw[i]);
+          }) < 1);
+    CHECK(unwritten(gy, out));
+  }
+}
+
+namespace {
+
+struct AttentionCase {
+  size_t n, seen, heads, kv_heads;
+};
+
+// One case of attention at head_dim E, by the prefill kernel or by decode_attention and join_parts with `slices`.
+//
+// Weights are rounded to bf16 before they meet the values, so each term p v is wrong by at most u |p v|, and the result,
+// rounded once more, by u |o|. Scores are sums of E products in fp32, wrong by at most E e |q| |k| / sqrt(E), where here
+// |q| |k| < 4 E, and so make p wrong twice, by itself and by the sum of all; the sums over slots add slots e each.
+template <int E>
+void attention_case(const AttentionCase& c, int slices) {
+  Random random(c.n * 1000 + c.seen + E);
+  Stream s;
+  const size_t slots = c.seen + c.n - 1, capacity = slots + 3;
+  auto q = random.normal(c.n * c.heads * E), k = random.normal(c.kv_heads * capacity * E),
+       v = random.normal(c.kv_heads * capacity * E);
+  for (float& x : q) x *= 3;  // sharp enough that a wrong slot shows; and the last slot a row sees weighs much
+  const float last = (std::log(float(slots)) + 5) / (9 * std::sqrt(float(E)));
+  for (size_t h = 0; h < c.kv_heads; ++h)
+    for (size_t r = 0; r < c.n; ++r)
+      for (size_t i = 0; i < E; ++i)
+        k[(h * capacity + c.seen - 1 + r) * E + i] = last * q[(r * c.heads + h * (c.heads / c.kv_heads)) * E + i];
+  // What lies past the last slot is never read.
+  for (size_t h = 0; h < c.kv_heads; ++h)
+    for (size_t i = slots * E; i < capacity * E; ++i) k[h * capacity * E + i] = v[h * capacity * E + i] = NAN;
+  q = rounded(q), k = rounded(k), v = rounded(v);
+  const size_t size = q.size();
+  OnDevice<bf16> dq(s, narrow(q)), dk(s, narrow(k)), dv(s, narrow(v)), o(s, size + 1);
+  const float scale = float(1 / (std::log(2.0) * std::sqrt(double(E))));
+  INFO((slices ? "decode " : "prefill ") << c.n << " rows, first sees " << c.seen << ", heads " << c.heads << "/"
+                                         << c.kv_heads << " x " << E << ", slices " << slices);
+  if (slices) {
+    OnDevice<float> parts(s, c.n * c.heads * slices * (E + 2));
+    OnDevice<uint32_t> begin(s, std::vector<uint32_t>{uint32_t(c.seen - 1)});
+    launch(kernel::decode_attention<E>, dim3(slices, unsigned(c.kv_heads), unsigned(c.n)), kernel::decode_threads,
+           kernel::decode_shared_bytes<E>, s, parts.get(), dq.get(), dk.get(), dv.get(), capacity, begin.get(), 1,
+           c.heads, scale);
+    launch(kernel::join_parts, dim3(unsigned(c.heads), unsigned(c.n)), E, 0, s, o.get(), parts.get(), slices, E, scale);
+    synchronize(s);
+  } else {
+    launch(kernel::prefill_attention<E>, dim3(unsigned(c.heads), blocks(c.n, kernel::prefill_rows)),
+           kernel::prefill_threads, kernel::prefill_shared_bytes<E>, s, o.get(), dq.get(), dk.get(), dv.get(), capacity,
+           c.n, c.seen, c.kv_heads, scale);
+  }
+  const auto got = o.read();
+  LayerCache<float> cache{k.data(), v.data(), capacity, slots};
+  std::vector<float> ref(size), weight(size);
+  definition::attention(ref.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, E);
+  const auto absolute = magnitudes(v);
+  cache.v = const_cast<float*>(absolute.data());
+  definition::attention(weight.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, E);
+  cache.v = v.data();
+  const double scores = 2 * (4 * E * std::sqrt(double(E)) + double(slots)) * e;
+  auto bound = [&](size_t i) { return u * std::abs(ref[i]) + (u + scores) * weight[i]; };
+  CHECK(error(wide(first(got, size)), ref, bound) < 1);
+  CHECK(unwritten(got, size));
+  if (c.seen == 1) return;
+  definition::attention(ref.data(), q.data(), cache, c.n, c.seen - 1, c.heads, c.kv_heads, E);
+  CHECK(error(wide(first(got, size)), ref, bound) > 1);
+}
+
+}  // namespace
+
+TEST_CASE("attention of many rows", "[gpu]") {
+  under_seeds(2, [] {
+    attention_case<64>({1, 1, 1, 1}, 0);
+    attention_case<64>({63, 1, 3, 1}, 0);
+    attention_case<64>({65, 1, 2, 2}, 0);
+    attention_case<32>({64, 65, 4, 1}, 0);
+    attention_case<32>({129, 63, 2, 1}, 0);
+    attention_case<128>({65, 130, 3, 1}, 0);
+    attention_case<128>({3, 64, 8, 1}, 0);
+  });
+  attention_case<64>({2, 1000, 8, 4}, 0);
+  attention_case<128>({130, 200, 2, 1}, 0);
+}
+
+TEST_CASE("attention of few rows over slices of the cache", "[gpu]") {
+  under_seeds(2, [] {
+    for (size_t group : {1, 2, 3, 4, 8}) {
+      attention_case<64>({1, 1, group, 1}, 1);
+      attention_case<32>({1, 17, 2 * group, 2}, 3);
+      attention_case<64>({2, 300, group, 1}, 4);
+      attention_case<128>({1, 1000, 2 * group, 2}, 5);
+    }
+    attention_case<128>({3, 15, 3, 3}, 16);
+    attention_case<32>({5, 1000, 3, 1}, 2);
+    attention_case<64>({16, 33, 2, 1}, 2);
+  });
+}
+
+TEST_CASE("the likeliest token", "[gpu]") {
+  Random random(7);
+  Stream s;
+  for (size_t vocab : {8, 31, 1000, 49152}) {
+    auto logits = random.normal(vocab);
+    OnDevice<kernel::Best> parts(s, 64);
+    OnDevice<int> id(s, 1);
+    auto best = [&] {
+      OnDevice<float> l(s, logits);
+      launch(kernel::arg_max_parts, 64, 128, 4 * sizeof(kernel::Best), s, parts.get(), l.get(), vocab);
+      launch(kernel::arg_max_join, 1, 64, 2 * sizeof(kernel::Best), s, id.get(), parts.get());
+      return id.read()[0];
+    };
+    CHECK(best() == arg_max(logits.data(), vocab));
+    logits[vocab - 1] = logits[vocab / 2] = 100;  // of equals the first
+    CHECK(best() == int(vocab / 2));
+    logits[0] = 100;
+    CHECK(best() == 0);
+    logits[vocab - 2] = NAN;
+    CHECK(best() == -1);
+    logits.assign(vocab, -INFINITY);
+    CHECK(best() == 0);
+  }
+}
