@@ -261,7 +261,7 @@ inline int run(int argc, char** argv) {
   const Options& o = *options;
   json record;
   int code = 0;
-  auto on = [&](auto mode) { return with_backend(o, record, [&](auto& b) { return mode(b); }); };
+  auto on = [&](auto mode) { return with_backend(o, record, mode); };
   if (o.mode == "generate") code = on([&](auto& b) { return run_generate(o, record, b); });
   if (o.mode == "chat") code = on([&](auto& b) { return run_chat(o, record, b); });
   if (o.mode == "logits") code = on([&](auto& b) { return run_logits(o, record, b); });
