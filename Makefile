@@ -3,6 +3,7 @@
 # make test       builds and runs the tests; needs no Python and no network
 # make test-hf    compares with Hugging Face; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make bench      times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
+# make gpu-check  what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
 # make gpu-bench  times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
 # make fuzz       hostile model files, texts and templates, made up by libFuzzer
 # make sanitize   the tests again under AddressSanitizer and UBSan
@@ -90,6 +91,15 @@ fuzz:
 bench: speed
 	./speed bench -m "$(CACHE)/smollm2-135m-instruct.safetensors" -p 128,512 -n 64 --depth 0,1024,4096 --policy full,speed,pop --k 24,15
 
+# The tests of the kernels once more, on the GPU itself.
+build-gpu/tests: tests/test_gpu.cpp $(BUILD)/main.o $(HEADERS) $(wildcard tests/*.h)
+	@mkdir -p build-gpu
+	$(NVCC) $(filter -std=% -D%,$(LANGUAGE)) -O2 -ccbin $(CXX) -Xcompiler -fopenmp,-march=native -arch=sm_$(CARD:90=90a) \
+	  -I. -x cu tests/test_gpu.cpp -x none $(BUILD)/main.o -o $@ $(LIBRARIES) -lcublas
+
+gpu-check: speed build-gpu/tests
+	tests/gpu/run.sh "$(CACHE)"
+
 # Random weights, made on the device. At 128K tokens fewer repetitions: a prompt takes seconds there.
 gpu-bench: speed
 	@mkdir -p docs/gpu
@@ -99,6 +109,6 @@ gpu-bench: speed
 	  -r 2 -o md --record docs/gpu/llama-3.1-8b-128k.json > docs/gpu/llama-3.1-8b-128k.md
 
 clean:
-	rm -rf speed speed-cuda build build-sanitize build-threads
+	rm -rf speed speed-cuda build build-gpu build-sanitize build-threads
 
-.PHONY: cuda gpu-bench test test-hf sanitize sanitize-threads bench fuzz clean
+.PHONY: cuda gpu-check gpu-bench test test-hf sanitize sanitize-threads bench fuzz clean

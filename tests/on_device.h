@@ -17,6 +17,12 @@ void under_seeds(uint64_t seeds, Work work) {
 #endif
 }
 
+// The seed of a test's random inputs; SPEED_TEST_SEED, a number, makes them fresh ones.
+inline uint64_t fresh(uint64_t seed) {
+  const char* more = std::getenv("SPEED_TEST_SEED");
+  return seed + 1000003 * (more ? std::strtoull(more, nullptr, 10) : 0);
+}
+
 inline std::vector<bf16> narrow(const std::vector<float>& v) {
   std::vector<bf16> r(v.size());
   for (size_t i = 0; i < v.size(); ++i) {

@@ -85,7 +85,7 @@ def logits(loaded, tokens, split, policy="full", k=None, bos=True, keep=None):
         elif policy == "share":
             replace_by_kept_layers(handles, layers, keep)
         out = model(torch.tensor([tokens]), use_cache=False, logits_to_keep=n - split)
-        return out.logits[0].numpy()
+        return out.logits[0].float().cpu().numpy()
 
 
 def mask_prompt(handles, upper, n, split, bos):

@@ -1,0 +1,336 @@
+"""What only a GPU can show, in one command: `make gpu-check`. Builds, runs, and writes docs/gpu/check.{json,md}.
+
+    check.py [--out FOLDER] [--only STEP,...] [--seed N] [--device cpu]
+
+SPEED: the program (default ./speed), TESTS: tests/test_gpu.cpp built by nvcc (default build-gpu/tests), SPEED_MODEL:
+the exported SmolLM2. Needs an NVIDIA GPU; the comparison with Hugging Face also torch and transformers, the memory
+checks compute-sanitizer. What a machine cannot do is skipped, and the report says so. A step that fails makes the exit
+status 1, and the others still run. Under eight minutes. --device cpu tries the script itself where there is no GPU.
+
+Steps
+  kernels    every kernel against cpu.h on fresh random inputs, outputs poisoned; whole models and laws (test_gpu.cpp)
+  repeat     the same logits and the same text twice, bit for bit
+  laws       K = L, and all caches kept, equal full depth bit for bit through the program
+  hf         logits beside Hugging Face in fp32 on this GPU, under every policy. Hugging Face in bf16 stands in the same
+             distance to it: Kullback-Leibler divergence and how often the likeliest token is another one. Ours must not
+             be larger. (Counts of other tokens are compared within two of their standard deviations.)
+  sanitizer  memcheck, racecheck, synccheck, initcheck over the kernels, the small model and one with heads of 128
+"""
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEED = os.environ.get("SPEED", str(ROOT / "speed"))
+TESTS = os.environ.get("TESTS", str(ROOT / "build-gpu" / "tests"))
+CACHE = Path(os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed")
+SMOLLM2 = Path(os.environ.get("SPEED_MODEL", CACHE / "smollm2-135m-instruct.safetensors"))
+SMALL = ROOT / "models" / "small.safetensors"
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+STEPS = ("kernels", "repeat", "laws", "hf", "sanitizer")
+QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is resane. What is Feta?"
+
+# Heads of 128, four queries to a key as in Llama-3.1-8B, in a model that takes a second to make; one with SwiftKV and
+# heads of 64; and two layers of Llama-3.1-8B's own shape.
+HEAD128 = dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=128,
+               intermediate_size=1024, vocab_size=1024, rope_theta=500000.0, max_position_embeddings=4096)
+SWIFTKV = dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
+               intermediate_size=512, vocab_size=512, rope_theta=500000.0, max_position_embeddings=4096,
+               num_key_value_layers=3, key_value_group_size=2)
+LLAMA = dict(hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+             intermediate_size=14336, vocab_size=2048, rope_theta=500000.0, max_position_embeddings=4096)
+
+
+class Skip(Exception):
+    """The machine cannot do this; the text says why."""
+
+
+class Failed(Exception):
+    pass
+
+
+def run(*command, timeout=240, **more):
+    """stdout and stderr together of a command, and its exit status."""
+    try:
+        done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              errors="replace", timeout=timeout, cwd=ROOT, **more)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{' '.join(map(str, command))[:120]}: no end after {timeout} s")
+    return done.stdout, done.returncode
+
+
+def need(*command, **more):
+    out, code = run(*command, **more)
+    if code:
+        raise Failed(f"{' '.join(map(str, command))[:120]}: exit {code}: {out.strip()[-400:]}")
+    return out
+
+
+def flags(policy="full", k=None, bos=True, keep=None):
+    out = ["--policy", policy]
+    if k is not None:
+        out += ["--k", k]
+    if not bos:
+        out += ["--no-bos"]
+    if keep is not None:
+        out += ["--keep", ",".join(map(str, keep))]
+    return out
+
+
+def logits(args, model, tokens, split, **policy):
+    """The program's logits, float32 [N - split, vocab]."""
+    import numpy as np
+    with tempfile.TemporaryDirectory() as scratch:
+        ids, out = Path(scratch) / "ids.txt", Path(scratch) / "out.npy"
+        ids.write_text(" ".join(map(str, tokens)))
+        need(SPEED, "logits", "-m", model, "--device", args.device, "--tokens-file", ids, "--split", split, "--out", out,
+             *flags(**policy))
+        return np.load(out)
+
+
+def models(work):
+    return [SMALL, work["head128"], *([SMOLLM2] if SMOLLM2.exists() else [])]
+
+
+def config_of(model):
+    with open(model, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header["__metadata__"]["config"])
+
+
+def tokens_of(model, count, seed):
+    """BoS and a text: the project's own for a tokenizer of real words, else random ids."""
+    import numpy as np
+    config = config_of(model)
+    if config["vocab_size"] > 10000:
+        ids = [int(i) for i in need(SPEED, "tokenize", "-m", model, "-f", "README.md").split()]
+    else:
+        ids = [int(i) for i in np.random.default_rng(seed).integers(4, min(config["vocab_size"], 260), count)]
+    return [config["bos_token_id"], *ids][:count]
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+def kernels(report, args, work):
+    out = need(TESTS, "[gpu]", env={**os.environ, "SPEED_TEST_SEED": str(args.seed)})
+    report["tests"] = out.strip().splitlines()[-1]
+
+
+def repeat(report, args, work):
+    import numpy as np
+    for model in models(work):
+        tokens = tokens_of(model, 300, args.seed)
+        first, second = (logits(args, model, tokens, 100) for _ in range(2))
+        if first.tobytes() != second.tobytes() or not np.isfinite(first).all():
+            raise Failed(f"{model.name}: two runs differ, or are not finite")
+        texts = [need(SPEED, "generate", "-m", model, "--device", args.device, "-p", QUESTION, "-n", 40) for _ in range(2)]
+        if texts[0].splitlines()[0] != texts[1].splitlines()[0]:
+            raise Failed(f"{model.name}: two greedy texts differ")
+    report["models"] = [m.name for m in models(work)]
+
+
+def laws(report, args, work):
+    cases = 0
+    for model in models(work):
+        layers, tokens = config_of(model)["num_hidden_layers"], tokens_of(model, 200, args.seed)
+        full = logits(args, model, tokens, 150).tobytes()
+        for policy in ({"policy": "speed", "k": layers}, {"policy": "speed", "k": layers, "bos": False},
+                       {"policy": "pop", "k": layers}, {"policy": "pop", "k": layers - 1},
+                       {"policy": "share", "keep": range(layers)}):
+            if logits(args, model, tokens, 150, **policy).tobytes() != full:
+                raise Failed(f"{model.name}: {policy} is not full depth bit for bit")
+            cases += 1
+        if logits(args, model, tokens, 150, policy="speed", k=layers - 1).tobytes() == full:
+            raise Failed(f"{model.name}: K = L - 1 equals full depth, so the comparison shows nothing")
+    report["cases"] = cases
+
+
+def divergence(ours, reference):
+    """Mean Kullback-Leibler divergence in nats from the reference's distribution, and the rows with another top token;
+    infinite if anything is not finite."""
+    import numpy as np
+    if ours.shape != reference.shape or not np.isfinite(ours).all():
+        return float("inf"), ours.shape[0]
+
+    def log_softmax(x):
+        x = x.astype(np.float64) - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p, q = log_softmax(reference), log_softmax(ours)
+    return float((np.exp(p) * (p - q)).sum(-1).mean()), int((ours.argmax(-1) != reference.argmax(-1)).sum())
+
+
+def hf(report, args, work):
+    try:
+        import torch
+        import reference
+    except ImportError as error:
+        raise Skip(f"{error}: run this with the virtual environment that `make test-hf` makes")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Skip("torch sees no GPU")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    report["torch"], report["cases"], bad = torch.__version__, [], []
+    for model, count, split in ((SMALL, 400, 100), (SMOLLM2, 1000, 400), (work["head128"], 600, 200),
+                                (work["swiftkv"], 600, 200), (work["llama"], 600, 200)):
+        if callable(model):
+            model = model()
+        if not model.exists():
+            report["cases"].append({"model": model.name, "skipped": "not here; ./run.sh fetches it"})
+            continue
+        tokens, layers = tokens_of(model, count, args.seed), config_of(model)["num_hidden_layers"]
+        k = max(1, layers * 3 // 4)
+        policies = [{"policy": "full"}, {"policy": "speed", "k": k}, {"policy": "speed", "k": k, "bos": False},
+                    {"policy": "pop", "k": k}, {"policy": "share", "keep": list(range(0, layers, 2))}]
+        if config_of(model)["swiftkv"]:
+            policies.append({"policy": "swiftkv", "k": config_of(model)["swiftkv"]["num_key_value_layers"]})
+        exact, theirs = (references(torch, reference, args, model, tokens, split, policies, dtype)
+                         for dtype in (torch.float32, torch.bfloat16))
+        for policy, right, other in zip(policies, exact, theirs):
+            ours = logits(args, model, tokens, split, **policy)
+            (kl, flips), (hf_kl, hf_flips) = divergence(ours, right), divergence(other, right)
+            case = {"model": model.name, "policy": " ".join(map(str, flags(**policy)[1:])), "rows": len(right),
+                    "kl": kl, "hf_bf16_kl": hf_kl, "other_token": flips, "hf_bf16_other_token": hf_flips}
+            report["cases"].append(case)
+            if not (kl <= hf_kl and flips <= hf_flips + 2 * (hf_flips + 1) ** 0.5):
+                bad.append(f"{case['model']} {case['policy']}: KL {kl:.2e} against {hf_kl:.2e}, other token "
+                           f"{flips} against {hf_flips} of {len(right)}")
+    if bad:
+        raise Failed("further from Hugging Face in fp32 than its bf16 is: " + "; ".join(bad))
+
+
+def references(torch, reference, args, model, tokens, split, policies, dtype):
+    """Hugging Face's logits of every policy on the device, in fp32 or bf16."""
+    with torch.device(args.device):
+        net, swiftkv, config = reference.load(model)
+        rotary = net.model.rotary_emb
+        frequencies = rotary.inv_freq.clone()
+        net = net.to(args.device, dtype)
+        rotary.inv_freq = frequencies.to(args.device)  # fp32 in any bf16 model that transformers loads by itself
+        loaded = net, {name: x.to(args.device, dtype) for name, x in swiftkv.items()}, config
+        return [reference.logits(loaded, tokens, split, **p) for p in policies]
+
+
+def sanitizer(report, args, work):
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        raise Skip("compute-sanitizer is not installed (NVIDIA's package cuda-sanitizer)")
+    targets = {"kernels": [TESTS, "[gpu]~[model]"],
+               "small": [SPEED, "generate", "-m", SMALL, "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 5],
+               "head128": [SPEED, "generate", "-m", work["head128"], "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 2]}
+    report["tools"], bad = {}, []
+    for name in TOOLS:
+        for target, command in targets.items():
+            try:
+                out, code = run(tool, "--tool", name, "--error-exitcode", 99, *command, timeout=90)
+            except Failed as error:
+                report["tools"][f"{name} {target}"] = f"skipped: {error}"
+                continue
+            summary = [line for line in out.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
+            if not summary:  # it never got to watch the program
+                last = out.strip().splitlines()[-1:] or ["no output"]
+                report["tools"][f"{name} {target}"] = f"skipped: the tool refuses this machine: {last[0].strip()[-160:]}"
+            elif code:
+                report["tools"][f"{name} {target}"] = f"FAILED (exit {code}): {summary[-1].strip('= ')}"
+                bad.append(f"{name} {target}: {summary[-1].strip('= ')}")
+            else:
+                report["tools"][f"{name} {target}"] = summary[-1].strip("= ")
+    if bad:
+        raise Failed("; ".join(bad))
+    if all(text.startswith("skipped") for text in report["tools"].values()):
+        raise Skip("; ".join(sorted(set(report["tools"].values()))))
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+def machine(device):
+    def text(*command):
+        try:
+            out, code = run(*command, timeout=30)
+            return out.strip() if code == 0 else ""
+        except (OSError, Failed):
+            return ""
+
+    query = text("nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader")
+    if device == "cuda" and not query:
+        raise SystemExit("gpu-check: nvidia-smi finds no GPU; this check needs one")
+    nvcc = text("nvcc", "--version") or text("/usr/local/cuda/bin/nvcc", "--version")
+    return {"commit": text("git", "describe", "--always", "--dirty"), "gpu": query.splitlines()[0] if query else "none",
+            "toolkit": nvcc.splitlines()[-1] if nvcc else "unknown", "python": platform.python_version(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def markdown(record):
+    lines = ["# Checked on a GPU", "", f"{record['gpu']}; toolkit {record['toolkit']}; commit {record['commit']}; "
+             f"{record['time']}; seed {record['seed']}. `make gpu-check` writes this file; "
+             "[check.json](check.json) is its record.", "", "| step | result | seconds |", "|---|---|---|"]
+    for name, step in record["steps"].items():
+        lines.append(f"| {name} | {step['result']} | {step['seconds']:.0f} |")
+    cases = record["steps"].get("hf", {}).get("cases", [])
+    if cases:
+        lines += ["", "Distance from Hugging Face in fp32 on the same GPU: mean KL divergence in nats, and rows whose "
+                  "likeliest token is another one.", "",
+                  "| model | policy | rows | KL | KL, HF bf16 | other token | HF bf16 |", "|---|---|---|---|---|---|---|"]
+        for c in cases:
+            if "skipped" in c:
+                lines.append(f"| {c['model']} | skipped: {c['skipped']} | | | | | |")
+            else:
+                lines.append(f"| {c['model']} | {c['policy']} | {c['rows']} | {c['kl']:.1e} | {c['hf_bf16_kl']:.1e} | "
+                             f"{c['other_token']} | {c['hf_bf16_other_token']} |")
+    tools = record["steps"].get("sanitizer", {}).get("tools", {})
+    if tools:
+        lines += ["", "| compute-sanitizer | |", "|---|---|", *(f"| {name} | {text} |" for name, text in tools.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu")
+    parser.add_argument("--only", default=",".join(STEPS), help="steps, as kernels,hf")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 100000, help="of the random inputs")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests" / "hf"))
+    wanted = args.only.split(",")
+    unknown = [name for name in wanted if name not in STEPS]
+    if unknown:
+        parser.error(f"no step {unknown[0]}; there are {', '.join(STEPS)}")
+    record = {**machine(args.device), "seed": args.seed, "steps": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        import random_models
+
+        def made(name, spec):
+            checkpoint = random_models.write_checkpoint(Path(scratch) / name, spec, args.seed, "BF16")
+            return random_models.export(checkpoint, Path(scratch) / f"{name}.safetensors")
+
+        work = {"head128": made("head128", HEAD128), "swiftkv": made("swiftkv", SWIFTKV),
+                "llama": lambda: made("llama-3.1-8b-layers", LLAMA)}
+        for name in STEPS:
+            if name not in wanted:
+                continue
+            report, start = {}, time.time()
+            try:
+                globals()[name](report, args, work)
+                report["result"] = "passed"
+            except Skip as why:
+                report["result"] = f"skipped: {why}"
+            except Failed as why:
+                report["result"] = f"FAILED: {why}"
+            report["seconds"] = round(time.time() - start, 1)
+            record["steps"][name] = report
+            print(f"gpu-check: {name}: {report['result']} ({report['seconds']:.0f} s)", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "check.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / "check.md").write_text(markdown(record))
+    print(f"gpu-check: report in {args.out}/check.md")
+    return any(step["result"].startswith("FAILED") for step in record["steps"].values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
