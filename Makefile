@@ -54,6 +54,7 @@ TESTFLAGS ?= -O1 -march=native
 # CUDA kernels on a CPU: device.cuh takes its wrappers from tests/emulator.h. -rdynamic, so that messages name a kernel.
 EMULATED = $(addprefix $(BUILD)/,emulator.o test_emulator.o test_gpu.o)
 $(EMULATED): LANGUAGE += -DSPEED_EMULATOR -Wno-unknown-pragmas
+$(BUILD)/emulator.o: TESTFLAGS += -O3
 
 $(BUILD)/tests: $(TESTS) $(BUILD)/emulator.o
 	$(CXX) $(TESTFLAGS) -fopenmp -rdynamic $^ -o $@ $(LIBRARIES) -lboost_context

@@ -421,3 +421,306 @@ TEST_CASE("the likeliest token", "[gpu]") {
     CHECK(best() == 0);
   }
 }
+
+// ---- whole models -------------------------------------------------------------------------------------------------
+
+namespace {
+
+// How far Gpu and Cpu may be apart, as a share of the norm of a row of logits. A layer rounds ten times to bf16 where Cpu
+// does not: two normed rows, queries, keys, values, softmax's weights, attention's output, gate, up and their product.
+// One rounding is wrong by at most u, on average over a row by u / sqrt(3) at most; they are independent, and at worst
+// each is all of what its layer adds to the residual, so squares add up; one more for the head's input. Layers above may
+// make an error larger, in random models by half: twice is allowed.
+double model_tolerance(int n_layers) { return 2 * std::sqrt((10 * n_layers + 1) / 3.0) * u; }
+
+// A model with random weights, scaled so that every layer adds about its own size to the residual.
+struct RandomModel {
+  std::vector<std::vector<bf16>> memory;
+  Model m;
+  RandomModel(uint64_t seed, const Shape& shape, int swiftkv_k = 0, int swiftkv_group = 1) : m(shape) {
+    Random random(seed);
+    const size_t d = shape.hidden, q = shape.q_width(), kv = shape.kv_width(), f = shape.mlp;
+    auto matrix = [&](size_t out, size_t in, float gain) {
+      memory.push_back(random.weights(out * in, gain / std::sqrt(float(in))));
+      return memory.back().data();
+    };
+    auto norm = [&] {
+      auto w = random.normal(d);
+      for (float& x : w) x = 1 + 0.2f * x;
+      memory.push_back(narrow(w));
+      return memory.back().data();
+    };
+    m.config.swiftkv_k = swiftkv_k;
+    m.config.swiftkv_group = swiftkv_group;
+    Weights& w = m.weights;
+    w.embedding = matrix(shape.vocab, d, std::sqrt(float(d)));
+    w.head = shape.tied ? w.embedding : matrix(shape.vocab, d, 1);
+    w.final_norm = norm();
+    if (swiftkv_k) w.swiftkv_norm = norm();
+    for (LayerWeights& l : w.layers) {
+      l.attention_norm = norm(), l.mlp_norm = norm();
+      l.wq = matrix(q, d, 1.25f), l.wk = matrix(kv, d, 1.25f), l.wv = matrix(kv, d, 1), l.wo = matrix(d, q, 1.5f);
+      l.gate = matrix(f, d, 1.5f), l.up = matrix(f, d, 1), l.down = matrix(d, f, 1.5f);
+      if (swiftkv_k) {
+        l.swiftkv_wq = matrix(q, d, 1.25f), l.swiftkv_wk = matrix(kv, d, 1.25f), l.swiftkv_wv = matrix(kv, d, 1);
+      }
+    }
+  }
+};
+
+// Heads of 32, 64 and 128; 8, 2 and 3 query heads a key head; tied and not; a vocabulary and a width that fill no tile.
+const std::vector<RandomModel>& models() {
+  static std::vector<RandomModel> all;
+  if (all.empty()) {
+    all.emplace_back(1, Shape{"32", 3, 72, 8, 1, 32, 104, 277, true});
+    all.emplace_back(2, Shape{"64", 4, 136, 4, 2, 64, 72, 131, false}, 2, 2);
+    all.emplace_back(3, Shape{"128", 3, 64, 3, 1, 128, 200, 96, false});
+  }
+  return all;
+}
+
+template <class B>
+std::vector<float> logits_on(B& backend, const Model& m, const Policy& p, std::span<const int> ids, size_t split,
+                             size_t chunk = 512) {
+  Engine<B> engine(m, p, {ids.size(), ids.size() - split, chunk}, backend);
+  std::vector<float> all;
+  const size_t vocab = m.config.shape.vocab;
+  engine.prefill(
+      ids, split, [&](size_t, const float* l) { all.insert(all.end(), l, l + vocab); }, true);
+  return all;
+}
+
+// Slots [from, from + n) of layer l's keys and values.
+std::vector<float> cache_of(Gpu& gpu, const Engine<Gpu>& engine, const Shape& s, int l, size_t from, size_t n) {
+  const auto& c = engine.cache(l);
+  std::vector<float> all;
+  for (const bf16* p : {c.k, c.v})
+    for (int h = 0; h < s.n_kv_heads; ++h) {
+      std::vector<bf16> slots(n * s.head_dim);
+      gpu.download(slots.data(), p + (h * c.capacity + from) * s.head_dim, slots.size());
+      for (bf16 x : slots) all.push_back(to_float(x));
+    }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("models on Gpu equal Cpu under every policy, and a small fault does not", "[gpu][model]") {
+  Gpu gpu;
+  Cpu cpu;
+  double worst = 0;
+  for (const RandomModel& r : models()) {
+    const Model& m = r.m;
+    const Shape& s = m.config.shape;
+    const double tolerance = model_tolerance(s.n_layers);
+    const auto ids = Random(11).ids(70, m.config.bos, s.vocab);
+    for (const Policy& p : all_policies(m.config)) {
+      INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
+      const size_t split = p.tail_is_one_token() ? ids.size() - 1 : ids.size() - 3;
+      const auto ref = logits_on(cpu, m, p, ids, split);
+      const double error = worst_row(logits_on(gpu, m, p, ids, split, p.k % 2 ? 512 : 40), ref, s.vocab);
+      worst = std::max(worst, error / tolerance);
+      CHECK(error < tolerance);
+      if (p.method == Method::speed && p.k > 1 && p.k < s.n_layers) {
+        const Policy wrong = policy(p.method, s.n_layers, p.k - 1, p.bos);
+        CHECK(worst_row(logits_on(gpu, m, wrong, ids, split), ref, s.vocab) > tolerance);
+      }
+    }
+  }
+  CHECK(worst > 0.1);  // the tolerance is not idle
+}
+
+TEST_CASE("the small model's answers on Gpu", "[gpu][model]") {
+  const Model m("models/small.safetensors");
+  const int L = m.config.shape.n_layers;
+  Gpu gpu;
+  Cpu cpu;
+  auto answer = [&](const Policy& p, const std::string& text) {
+    std::vector<int> ids = m.chat->first(std::nullopt, text, std::nullopt);
+    const size_t split = p.tail_is_one_token() ? ids.size() + m.chat->answer("").size() - 1 : ids.size();
+    for (int id : m.chat->answer("")) ids.push_back(id);
+    const Limits limits{ids.size() + 12, ids.size() - split + 12, 512};
+    Engine<Gpu> engine(m, p, limits, gpu);
+    Engine<Cpu> other(m, p, limits, cpu);
+    int id = 0, other_id = 0;
+    engine.prefill(ids, split, [&](size_t, const float* l) { id = arg_max(l, m.config.shape.vocab); });
+    other.prefill(ids, split, [&](size_t, const float* l) { other_id = arg_max(l, m.config.shape.vocab); });
+    std::string said, other_said;
+    for (int i = 0; i < 12 && std::count(m.config.eos.begin(), m.config.eos.end(), id) == 0; ++i) {
+      said += m.tokenizer->decode(id);
+      other_said += m.tokenizer->decode(other_id);
+      id = engine.decode_greedy(id);
+      other_id = other.decode_greedy(other_id);
+    }
+    CHECK(said == other_said);
+    return said;
+  };
+  const std::string one_hop =
+      "Listen to this. Feta has a clock. Pale lives in the chapel. Kara is a driver. Feta is a barber. Pale has a "
+      "lamp. "
+      "Kara has a book. Pale is a wizard. Kara lives in the palace. The code word is resane. Feta lives in the forest. "
+      "What is Feta?";
+  CHECK(answer(full_depth(L), one_hop) == "A barber.");
+  CHECK(answer(policy(Method::speed, L, 3), one_hop) == "A barber.");
+  CHECK(answer(policy(Method::speed, L, 3, false), one_hop) == "A barber.");
+  CHECK(answer(policy(Method::speed, L, 2), one_hop) == "A judge.");  // one fact away is too far for K = 2
+  CHECK(answer(policy(Method::pop, L, 2), one_hop) == "A barber.");
+  CHECK(answer(policy(Method::share, L, 0, true, {0, 1, 2, 3, 4, 5, 6, 7}), one_hop) == "A barber.");
+}
+
+TEST_CASE("any schedule gives the same bits", "[gpu][model]") {
+  for (const RandomModel& r : models()) {
+    const Shape& s = r.m.config.shape;
+    const auto ids = Random(12).ids(70, r.m.config.bos, s.vocab);
+    std::vector<float> first;
+    int runs = 0;
+    under_seeds(4, [&] {
+      Gpu gpu;
+      Engine<Gpu> engine(r.m, policy(Method::speed, s.n_layers, 2), {90, 25, 64}, gpu);
+      std::vector<float> all;
+      auto keep = [&](const float* l) { all.insert(all.end(), l, l + s.vocab); };
+      engine.prefill(
+          ids, 65, [&](size_t, const float* l) { keep(l); }, true);
+      for (int id : {5, 7, 9}) keep(engine.decode(id));  // as it comes, recorded, replayed
+      if (runs++) CHECK(same_bits(all, first));
+      first = all;
+    });
+  }
+}
+
+// The laws of test_laws.cpp, where they say "bit for bit".
+TEST_CASE("laws 1, 2 and 4 on Gpu, bit for bit", "[gpu][model]") {
+  Gpu gpu;
+  for (const RandomModel& r : models()) {
+    const Model& m = r.m;
+    const Shape& s = m.config.shape;
+    const int L = s.n_layers;
+    const auto ids = Random(13).ids(60, m.config.bos, s.vocab);
+    INFO("head " << s.name);
+    for (auto [split, chunk] : {std::array<size_t, 2>{55, 512}, {ids.size() - 1, 24}}) {
+      auto run = [&, split = split, chunk = chunk](const Policy& p) { return logits_on(gpu, m, p, ids, split, chunk); };
+      const auto full = run(full_depth(L));
+      std::vector<int> every(L);
+      for (int l = 0; l < L; ++l) every[l] = l;
+      CHECK(same_bits(run(policy(Method::speed, L, L)), full));
+      CHECK(same_bits(run(policy(Method::speed, L, L, false)), full));
+      CHECK(same_bits(run(policy(Method::pop, L, L)), full));
+      CHECK(same_bits(run(policy(Method::pop, L, L - 1)), full));
+      CHECK(same_bits(run(policy(Method::share, L, 0, true, every)), full));
+      if (m.config.swiftkv_k) CHECK(same_bits(run(policy(Method::swiftkv, L, L)), full));
+      CHECK_FALSE(same_bits(run(policy(Method::speed, L, L - 1)), full));
+    }
+
+    const size_t split = ids.size() - 4;
+    const Limits limits{ids.size(), 4, 24};
+    Engine<Gpu> full(m, full_depth(L), limits, gpu);
+    full.prefill(ids, split, [](size_t, const float*) {});
+    for (const Policy& p : {policy(Method::speed, L, L - 1), policy(Method::pop, L, 1)}) {
+      Engine<Gpu> engine(m, p, limits, gpu);
+      engine.prefill(ids, split, [](size_t, const float*) {});
+      for (int l = 0; l < p.k; ++l)
+        CHECK(same_bits(cache_of(gpu, engine, s, l, 0, ids.size()), cache_of(gpu, full, s, l, 0, ids.size())));
+      if (p.method == Method::pop)
+        CHECK_FALSE(same_bits(cache_of(gpu, engine, s, L - 1, 0, split), cache_of(gpu, full, s, L - 1, 0, split)));
+    }
+
+    for (const Policy& p : {full_depth(L), policy(Method::speed, L, 1), policy(Method::share, L, 0, true, {0, 2})}) {
+      auto run = [&](bool poisoned) {
+        Engine<Gpu> engine(m, p, {70, 12, 24}, gpu);
+        std::vector<float> all;
+        engine.prefill(ids, ids.size() - 1, [](size_t, const float*) {});
+        for (int id : {7, 9, 11}) {
+          if (poisoned) engine.poison(NAN);
+          const float* l = engine.decode(id);
+          all.insert(all.end(), l, l + s.vocab);
+        }
+        return all;
+      };
+      CHECK(same_bits(run(true), run(false)));
+    }
+  }
+}
+
+TEST_CASE("laws 3, 5, 6 and 7 on Gpu, within bf16", "[gpu][model]") {
+  Gpu gpu;
+  for (const RandomModel& r : models()) {
+    const Model& m = r.m;
+    const Shape& s = m.config.shape;
+    const int L = s.n_layers;
+    const size_t V = s.vocab;
+    const double tolerance = model_tolerance(L);
+    const auto ids = Random(14).ids(45, m.config.bos, s.vocab);
+    std::vector<Policy> policies = {full_depth(L), policy(Method::speed, L, 1), policy(Method::speed, L, 2, false),
+                                    policy(Method::pop, L, 1), policy(Method::share, L, 0, true, {0, 2})};
+    if (m.config.swiftkv_k) policies.push_back(policy(Method::swiftkv, L, m.config.swiftkv_k, true, {}, 2));
+    for (const Policy& p : policies) {
+      INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
+      const size_t split = 41;
+      const auto forced = logits_on(gpu, m, p, ids, split);
+      CHECK(worst_row(logits_on(gpu, m, p, ids, split, 17), forced, V) < tolerance);
+
+      Engine<Gpu> engine(m, p, {ids.size(), ids.size() - split, 512}, gpu);
+      std::vector<float> one_by_one;
+      auto keep = [&](const float* l) { one_by_one.insert(one_by_one.end(), l, l + V); };
+      engine.prefill(std::span(ids).first(split + 1), split, [&](size_t, const float* l) { keep(l); });
+      for (size_t i = split + 1; i < ids.size(); ++i) keep(engine.decode(ids[i]));
+      CHECK(worst_row(one_by_one, forced, V) < tolerance);
+
+      if (p.method == Method::pop) continue;  // keeps what earlier answers left, at full depth
+      Engine<Gpu> turns(m, p, {ids.size(), 8, 512}, gpu);
+      turns.prefill(std::span(ids).first(18), 16, [](size_t, const float*) {});
+      for (size_t i = 18; i < 21; ++i) turns.decode(ids[i]);
+      turns.end_turn(false);
+      std::vector<float> second;
+      turns.prefill(
+          std::span(ids).subspan(21), 21, [&](size_t, const float* l) { second.insert(second.end(), l, l + V); }, true);
+      CHECK(worst_row(second, logits_on(gpu, m, p, ids, 42), V) < tolerance);
+    }
+    const Policy speed = policy(Method::speed, L, 1);
+    std::vector<float> before;
+    for (uint64_t seed : {1, 2}) {
+      const auto text = Random(seed).ids(30, m.config.bos, s.vocab);
+      Engine<Gpu> engine(m, speed, {30, 2, 512}, gpu);
+      engine.prefill(text, 28, [](size_t, const float*) {});
+      const auto anchor = cache_of(gpu, engine, s, L - 1, 0, 1);
+      if (seed == 2) CHECK(same_bits(anchor, before));
+      before = anchor;
+    }
+  }
+}
+
+TEST_CASE("predicted = counted = allocated on Gpu", "[gpu][model]") {
+  Gpu gpu;
+  for (const RandomModel& r : models()) {
+    const Model& m = r.m;
+    const Shape& s = m.config.shape;
+    for (const Policy& p : all_policies(m.config)) {
+      INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
+      const size_t N = 20, T = p.tail_is_one_token() ? 1 : 3, n = 4;
+      const Cost cost{s, p};
+      Engine<Gpu> engine(m, p, {N + n, T + n, 512}, gpu);
+      CHECK(engine.kv_bytes_allocated() == cost.kv_bytes(N - T, T + n, sizeof(bf16)));
+      engine.prefill(Random(15).ids(N, m.config.bos, s.vocab), N - T, [](size_t, const float*) {});
+      CHECK(engine.counted().flops == cost.prefill_flops(N, T));
+      for (size_t i = 0; i < 3; ++i) {  // as it comes, recorded, replayed
+        const Counters before = engine.counted();
+        engine.decode(3);
+        const Counters step = engine.counted() - before;
+        CHECK(step.flops == cost.decode_flops(N + i, T + i));
+        CHECK(step.weight_bytes + step.kv_bytes == cost.decode_read_bytes(N + i, T + i, sizeof(bf16), sizeof(bf16)));
+      }
+    }
+  }
+}
+
+TEST_CASE("what Gpu refuses, by name", "[gpu][model]") {
+  Gpu gpu;
+  auto refused = [&](const Shape& shape, const std::string& why) {
+    CHECK_THROWS_WITH(gpu.check(shape), Catch::Matchers::Contains(why));
+  };
+  CHECK_NOTHROW(gpu.check({"", 1, 64, 8, 1, 64, 72, 100, true}));
+  refused({"", 1, 64, 8, 1, 48, 72, 100, true}, "head size 48");
+  refused({"", 1, 64, 9, 1, 64, 72, 100, true}, "9 query heads share a key head");
+  refused({"", 1, 60, 8, 1, 64, 72, 100, true}, "widths 60 and 72");
+  refused({"", 1, 64, 8, 1, 64, 75, 100, true}, "widths 64 and 75");
+}
