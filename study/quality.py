@@ -123,21 +123,19 @@ def ask(speed, q, specs, n):
     return dict(out, seconds=round(time.monotonic() - began, 2), program=record["program"], device=record["device"])
 
 
-def ask_all(speed, questions, specs, lengths, path, jobs, so_far):
-    """Answers in the order of `questions`; those in `path` are not asked again, with so_far none is."""
+def ask_all(speed, questions, wanted, specs, lengths, path, jobs, so_far):
+    """Answers to the questions with the indices `wanted`; those in `path` are not asked again, with so_far none is."""
     done = {}
-    if path.exists() and so_far:
-        done = {r["i"]: r for r in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
-        return [done[i] for i in sorted(done)]
     if path.exists():
-        kept = path.read_bytes().split(b"\n")[:-1]
+        kept = path.read_bytes().split(b"\n")[:-1]  # without half a line
         done = {r["i"]: r for r in map(json.loads, kept)}
-        path.write_bytes(b"".join(line + b"\n" for line in kept))  # without half a line
+        if not so_far:
+            path.write_bytes(b"".join(line + b"\n" for line in kept))
     # In an order that mixes kinds, so that what there is of a run that was cut off is a fair sample; what a question
     # takes grows with its text, and doubles where every policy answers it.
     order = random.Random(0).sample(range(len(questions)), len(questions))
     weight = [(len(q["text"]) + 500) * (2 if q["answer"] else 1) for q in questions]
-    left = [i for i in order if i not in done]
+    left = [i for i in order if i in wanted and i not in done and not so_far]
     start, asked = time.monotonic(), 0
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(ask, speed, questions[i], specs, lengths(questions[i])): i for i in left}
@@ -154,14 +152,14 @@ def ask_all(speed, questions, specs, lengths, path, jobs, so_far):
                     print(f"quality.py: {len(left)} questions, {len(specs)} policies: about {took / 60 + rest:.0f} minutes "
                           f"by the first three; stop it at any time, it goes on from {path}", file=sys.stderr)
                 if sys.stderr.isatty() and count >= 3:
-                    print(f"\r{len(done)} of {len(questions)} questions, about {rest:.0f} minutes left  ", end="",
+                    print(f"\r{count} of {len(left)} questions, about {rest:.0f} minutes left  ", end="",
                           file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     if sys.stderr.isatty() and left:
         print("\r\033[K", end="", file=sys.stderr)
-    return [done[i] for i in range(len(questions))]
+    return [done[i] for i in wanted if i in done]
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------------
@@ -307,6 +305,7 @@ def main():
     p.add_argument("--small", action="store_true", help="the bundled model, with questions about stories")
     p.add_argument("-m", "--model", type=Path, help="default: SmolLM2 as ./run.sh leaves it")
     p.add_argument("--questions", type=Path, default=ROOT / "study" / "questions.json")
+    p.add_argument("--kinds", help="only these, as facts,stories")
     p.add_argument("--policies", help="as speed:24,speed:24:no-bos,pop:20,share:2")
     p.add_argument("-n", type=int, default=32, help="tokens of an answer at most (32)")
     p.add_argument("--look-up", type=int, default=20, help="the same where it is looked up in a passage (20)")
@@ -335,7 +334,8 @@ def main():
                     questions=hashlib.sha256(json.dumps(questions).encode()).hexdigest())
     a.cache.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    answers = ask_all(speed, questions, specs, lambda q: a.look_up if q["answer"] else a.n,
+    wanted = [i for i, q in enumerate(questions) if not a.kinds or q["kind"] in a.kinds.split(",")]
+    answers = ask_all(speed, questions, wanted, specs, lambda q: a.look_up if q["answer"] else a.n,
                                a.cache / f"quality-{name}-{key}.jsonl", a.jobs, a.so_far)
     if not answers:
         raise SystemExit("quality.py: no question has been answered yet; leave out --so-far")
