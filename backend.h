@@ -50,10 +50,10 @@ inline json device_record(const Gpu& gpu) {
 }
 #endif
 
-// Calls work(backend) with the device that the flags name: under auto a GPU where one answers. What it is goes into the
-// run record.
+// Calls work(backend) with the device that the flags name: under auto a GPU, where one answers that can run this shape.
+// What it is goes into the run record.
 template <class Work>
-int with_backend(const Options& o, json& record, Work work) {
+int with_backend(const Options& o, [[maybe_unused]] const Shape& shape, json& record, Work work) {
   auto run = [&](auto& backend) {
     const int code = work(backend);
     record["device"] = device_record(backend);
@@ -63,6 +63,7 @@ int with_backend(const Options& o, json& record, Work work) {
   if (o.device != "cpu") {
     std::unique_ptr<Gpu> gpu;
     try {
+      Gpu::check(shape);
       gpu = std::make_unique<Gpu>();
     } catch (const Error&) {
       if (o.device == "cuda") throw;

@@ -230,19 +230,10 @@ Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ceilings,
 }
 
 template <class B>
-int run_bench(const Options& o, json& record, B& backend) {
-  if (!o.model.empty() && !o.shape.empty()) throw Error(2, "-m, --shape", "both given", "use one of them");
-  std::optional<Model> model;
-  if (o.shape.empty()) {
-    model.emplace(model_path(o));
-  } else {
-    for (auto& s : known_shapes())
-      if (s.name == o.shape) model.emplace(s);
-  }
-  model->need_weights();
+int run_bench(const Options& o, json& record, Model& model, B& backend) {
   if constexpr (std::is_same_v<B, Cpu>)
-    if (!model->has_file()) model->make_weights();
-  const Config& c = model->config;
+    if (!model.has_file()) model.make_weights();
+  const Config& c = model.config;
   std::vector<BenchTest> tests;
   const auto prompts = read_numbers(o.prompts, "-p"), depths = read_numbers(o.depths, "--depth");
   for (const Policy& p : bench_policies(o, c, o.shape.empty())) {
@@ -261,7 +252,7 @@ int run_bench(const Options& o, json& record, B& backend) {
   for (int round = -1; round < o.repetitions; ++round)  // round -1 is not counted: it brings the weights into memory
     for (size_t i = 0; i < tests.size(); ++i) {
       if (interrupted) throw Interrupted{};
-      run_bench_test(tests[i], *model, size_t(o.chunk), backend);
+      run_bench_test(tests[i], model, size_t(o.chunk), backend);
       if (round < 0) tests[i].seconds.clear();
       progress.update((double(round + 1) + double(i + 1) / double(tests.size())) / (o.repetitions + 1));
     }

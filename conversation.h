@@ -127,9 +127,7 @@ class Conversation {
 };
 
 template <class B>
-int run_chat(const Options& o, json& record, B& backend) {
-  const Model model = load(o);
-  model.need_weights();
+int run_chat(const Options& o, json& record, const Model& model, B& backend) {
   record["turns"] = Conversation<B>(o, model, backend).run();
   return 0;
 }

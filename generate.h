@@ -281,10 +281,8 @@ int compare(const Options& o, const Model& model, const Request& r, B& backend, 
 }
 
 template <class B>
-int run_generate(const Options& o, json& record, B& backend) {
-  Model model = load(o);
+int run_generate(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
-  model.need_weights();
   const Policy policy = make_policy(o, c);
   const Request r = make_request(o, model);
   if (o.compare) return compare(o, model, r, backend, record);

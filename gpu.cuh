@@ -736,7 +736,7 @@ class Gpu {
   // ---- memory ----
 
   // Refuses a shape that no kernel here is made for.
-  void check(const Shape& s) const {
+  static void check(const Shape& s) {
     const std::string use = "use --device cpu";
     if (s.head_dim != 32 && s.head_dim != 64 && s.head_dim != 128)
       throw Error(2, "--device cuda", "head size " + std::to_string(s.head_dim) + ", the GPU has 32, 64 and 128", use);

@@ -237,10 +237,8 @@ inline std::vector<Piece> make_pieces(const Options& o, const Model& model) {
 }
 
 template <class B>
-int run_perplexity(const Options& o, json& record, B& backend) {
-  Model model = load(o);
+int run_perplexity(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
-  model.need_weights();
   std::vector<Policy> policies = compared_policies(o, c);
   if (policies.size() > 1 && policies[1].method == Method::full) policies.pop_back();
   const std::vector<Piece> pieces = make_pieces(o, model);

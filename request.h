@@ -113,7 +113,13 @@ inline std::string model_path(const Options& o) {
   return bundled.string();
 }
 
-inline Model load(const Options& o) { return Model(model_path(o)); }
+// That model, or, for timing, one that is only a shape.
+inline Model load(const Options& o) {
+  if (!o.model.empty() && !o.shape.empty()) throw Error(2, "-m, --shape", "both given", "use one of them");
+  for (auto& s : known_shapes())
+    if (s.name == o.shape) return Model(s);
+  return Model(model_path(o));
+}
 
 // Context in tokens for a request of N and n new ones.
 inline size_t context_for(const Options& o, const Config& c, size_t N, size_t n) {

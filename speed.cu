@@ -40,16 +40,14 @@ inline void watch_signals() {
 // ---- modes --------------------------------------------------------------------------------------------------------
 
 template <class B>
-int run_logits(const Options& o, json& record, B& backend) {
+int run_logits(const Options& o, json& record, const Model& model, B& backend) {
   if (o.out.empty()) throw Error(2, "--out", "where do the logits go?", "add --out x.npy");
   const int sources =
       int(!o.tokens.empty()) + int(!o.tokens_file.empty()) + int(o.has_prompt || !o.file.empty() || o.from_stdin);
   if (sources != 1)
     throw Error(2, "tokens", sources ? "given in more than one way" : "none given",
                 "use one of --tokens, --tokens-file, -p, -f");
-  Model model = load(o);
   const Config& c = model.config;
-  model.need_weights();
   std::vector<int> ids;
   if (!o.tokens.empty()) {
     ids = read_ids(o.tokens, "--tokens");
@@ -261,13 +259,17 @@ inline int run(int argc, char** argv) {
   const Options& o = *options;
   json record;
   int code = 0;
-  auto on = [&](auto mode) { return with_backend(o, record, mode); };
-  if (o.mode == "generate") code = on([&](auto& b) { return run_generate(o, record, b); });
-  if (o.mode == "chat") code = on([&](auto& b) { return run_chat(o, record, b); });
-  if (o.mode == "logits") code = on([&](auto& b) { return run_logits(o, record, b); });
-  if (o.mode == "perplexity") code = on([&](auto& b) { return run_perplexity(o, record, b); });
-  if (o.mode == "bench") code = on([&](auto& b) { return run_bench(o, record, b); });
-  if (o.mode == "trace") code = on([&](auto& b) { return run_trace(o, record, b); });
+  auto on = [&](auto mode) {
+    Model model = load(o);
+    model.need_weights();
+    return with_backend(o, model.config.shape, record, [&](auto& backend) { return mode(model, backend); });
+  };
+  if (o.mode == "generate") code = on([&](Model& m, auto& b) { return run_generate(o, record, m, b); });
+  if (o.mode == "chat") code = on([&](Model& m, auto& b) { return run_chat(o, record, m, b); });
+  if (o.mode == "logits") code = on([&](Model& m, auto& b) { return run_logits(o, record, m, b); });
+  if (o.mode == "perplexity") code = on([&](Model& m, auto& b) { return run_perplexity(o, record, m, b); });
+  if (o.mode == "bench") code = on([&](Model& m, auto& b) { return run_bench(o, record, m, b); });
+  if (o.mode == "trace") code = on([&](Model& m, auto& b) { return run_trace(o, record, m, b); });
   if (o.mode == "tokenize") code = run_tokenize(o, record);
   if (o.mode == "info") code = run_info(o, record);
   if (o.mode == "plan") code = run_plan(o, record);

@@ -26,11 +26,9 @@ inline void write_hidden_states(const std::string& path, const std::vector<std::
 }
 
 template <class B>
-int run_trace(const Options& o, json& record, B& backend) {
-  Model model = load(o);
+int run_trace(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
   const Shape& s = c.shape;
-  model.need_weights();
   const Policy policy = make_policy(o, c);
   const Request r = make_request(o, model);
   const size_t N = r.ids.size(), split = split_under(policy, o, r), T = N - split;

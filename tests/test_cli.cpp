@@ -92,7 +92,7 @@ TEST_CASE("flags that are wrong", "[cli]") {
   refused(on_tied + "-p hi -f tests/main.cpp", 2, "more than one text");
   refused(on_tied, 2, "none given");
   refused(on_tied + "-p ''", 2, "empty");
-  refused(on_tied + "-p hi --device cuda", 2, "CPU alone");
+  refused(on_tied + "-p hi --device cuda", 2, "use --device cpu");
   refused(on_tied + "-p hi --system x", 2, "add --chat");
   refused(on_tied + "-p hi -o xml", 2, "text|md|csv|json");
 }
