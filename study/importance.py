@@ -38,6 +38,7 @@ try:
     import torch
     import transformers
 
+    import quality
     import reference
 except ImportError as error:
     raise SystemExit(f"importance.py: {error}; run it as  tests/hf/run.sh ~/.cache/speed study/importance.py")
@@ -135,16 +136,6 @@ def load(path):
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
-
-def read_prompts(path):
-    """The prompts of study/questions.json: a text, or some paragraphs and a question about one of them."""
-    file = json.loads(Path(path).read_text())
-    prompts = []
-    for q in file["questions"]:
-        asked = [file["paragraphs"][i]["text"] for i in q.get("passage", [])]
-        prompts.append("\n\n".join([*asked, q["text"] if "text" in q else file["paragraphs"][q["ask"]]["question"]]))
-    return prompts
-
 
 def machine():
     """The processor's name."""
@@ -278,15 +269,17 @@ def plot(results, path):
     def line(ax, x, rows, label, color, marker, dash):
         ax.plot(x, [r["value"] for r in rows], color=color, marker=marker, ls=dash, lw=1.8, ms=4.5, label=label)
         ax.fill_between(x, [r["low"] for r in rows], [r["high"] for r in rows], color=color, alpha=0.25, lw=0)
-    for gate, style in (("decode", ("#e0782f", "s", "-")), ("prefill", ("#1f8fe0", "o", "-"))):
+    for gate, style in (("decode", ("#e0782f", "s", "-")), ("prefill", ("#1f8fe0", "o", "-")),
+                        ("prefill, no anchor", ("#35a853", "^", ":"))):
         rows = [r for r in results["importance"][gate] if r["value"] > 0]
         line(left, [r["layer"] for r in rows], rows, gate, *style)
     left.axvspan(results["third"]["last"][0] - 0.5, len(results["importance"]["decode"]) - 0.5, color="#808080",
                  alpha=0.12, lw=0)
-    left.set(yscale="log", xlabel="layer (grey: the last third)", ylabel="importance, nats per answer token")
+    left.set(yscale="log", xlabel="layer (grey: the last third; prefill is 0 in the last)",
+             ylabel="importance, nats per answer token")
     x = [r["k"] for r in results["pop"]]
-    line(right, x, [r["measured"] for r in results["pop"]], "measured", "#8a63c9", "o", "-")
-    line(right, x, [r["foretold"] for r in results["pop"]], "foretold by importance", "#35a853", "^", ":")
+    line(right, x, [r["measured"] for r in results["pop"]], "measured", "#8a63c9", "D", "-")
+    line(right, x, [r["foretold"] for r in results["pop"]], "foretold by importance", "#1f8fe0", "o", "--")
     right.set(yscale="log", xlabel="K: layers the prompt visits", ylabel="KL of pop, nats per token")
     right.set_xticks(x)
     for ax in (left, right):
@@ -473,6 +466,7 @@ def main():
     p.add_argument("-m", "--model", default=str(CACHE / "smollm2-135m-instruct.safetensors"))
     p.add_argument("--speed", default=str(ROOT / "speed"), help="the program, which samples the answers")
     p.add_argument("--prompts", default=str(ROOT / "study" / "questions.json"))
+    p.add_argument("--longest", type=int, default=400, help="characters of a prompt, at most; longer runs longer")
     p.add_argument("--out", default=str(ROOT / "docs" / "importance"))
     p.add_argument("-n", type=int, default=48, help="tokens of an answer, at most")
     p.add_argument("--draws", type=int, default=4, help="draws of labels a prompt")
@@ -483,7 +477,7 @@ def main():
     torch.set_num_threads(a.threads)
     if a.check:
         return check_all(a.model)
-    prompts = read_prompts(a.prompts)
+    prompts = [q["text"] for q in quality.written_questions(Path(a.prompts)) if len(q["text"]) <= a.longest]
     settings = dict(model_sha256=sha256(a.model), prompts_sha256=digest(prompts), n=a.n, draws=a.draws, seed=a.seed)
     key = digest(settings)[:16]
     kept = measure_all(a, prompts, CACHE / f"importance-{key}.jsonl")

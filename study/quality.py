@@ -34,7 +34,7 @@ MEASURES = {"kl": "KL, nats a token", "same": "same top-1, %", "exact": "looked 
 LEAST = 1e-4  # KL that is drawn
 
 
-# ---- questions: dicts of kind, text, answer (a pattern, or None) and closed (the question without its passage) ---------
+# ---- questions: dicts of kind, text, answer (a pattern or None), n (tokens), closed (the question without passage) ----
 
 def written_questions(path):
     d = json.loads(path.read_text())
@@ -45,8 +45,9 @@ def written_questions(path):
             continue
         asked = d["paragraphs"][q["ask"]]
         passage = "\n\n".join(d["paragraphs"][i]["text"] for i in q["passage"])
-        out.append(dict(kind="retrieval", text=f"{passage}\n\n{asked['question']}", closed=asked["question"],
-                        answer=rf"(?i)\b(?:{asked['answer']})s?\b", paragraphs=len(q["passage"])))
+        text = f"Use this text to answer the question in one short sentence.\n\n{passage}\n\nQuestion: {asked['question']}"
+        out.append(dict(kind="retrieval", text=text, closed=asked["question"],
+                        answer=rf"(?i)\b(?:{asked['answer']})s?\b"))
     return out
 
 
@@ -96,11 +97,11 @@ class Speed:
                                        "--answer-tokens", answer, "--compare", ",".join(specs), "-o", "json"))["rows"]
 
 
-def ask(speed, q, specs, n):
+def ask(speed, q, specs):
     """What is kept of one question: {"said", "tokens", "rows": {spec: [KL summed over tokens, same top-1 tokens, FLOPs of
     the prompt, KV bytes]}, "exact": {spec: 0 or 1}}."""
     began = time.monotonic()
-    text, pattern = q["text"], q["answer"]
+    text, pattern, n = q["text"], q["answer"], q["n"]
     said, record = speed.generate(text, n)
     prompt, new, split = record["prompt_ids"], record["new_ids"], record["result"]["split"]
     out = dict(kind=q["kind"], said=said, prompt=len(prompt), tokens=len(new), rows={})
@@ -123,30 +124,33 @@ def ask(speed, q, specs, n):
     return dict(out, seconds=round(time.monotonic() - began, 2), program=record["program"], device=record["device"])
 
 
-def ask_all(speed, questions, specs, lengths, path, jobs, so_far):
+def digest(x):
+    return hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
+
+
+def ask_all(speed, questions, specs, path, jobs, so_far):
     """Answers in the order of `questions`; those in `path` are not asked again, with so_far none is."""
+    ids = [digest(q) for q in questions]
     done = {}
-    if path.exists() and so_far:
-        done = {r["i"]: r for r in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
-        return [done[i] for i in sorted(done)]
     if path.exists():
-        kept = path.read_bytes().split(b"\n")[:-1]
-        done = {r["i"]: r for r in map(json.loads, kept)}
-        path.write_bytes(b"".join(line + b"\n" for line in kept))  # without half a line
+        kept = path.read_bytes().split(b"\n")[:-1]  # without half a line
+        done = {r["id"]: r for r in map(json.loads, kept)}
+        if not so_far:
+            path.write_bytes(b"".join(line + b"\n" for line in kept))
     # In an order that mixes kinds, so that what there is of a run that was cut off is a fair sample; what a question
     # takes grows with its text, and doubles where every policy answers it.
     order = random.Random(0).sample(range(len(questions)), len(questions))
     weight = [(len(q["text"]) + 500) * (2 if q["answer"] else 1) for q in questions]
-    left = [i for i in order if i not in done]
+    left = [i for i in order if ids[i] not in done and not so_far]
     start, asked = time.monotonic(), 0
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(ask, speed, questions[i], specs, lengths(questions[i])): i for i in left}
+        running = {pool.submit(ask, speed, questions[i], specs): i for i in left}
         try:
             for count, future in enumerate(as_completed(running), start=1):
                 i = running[future]
-                done[i] = dict(i=i, **future.result())
+                done[ids[i]] = dict(id=ids[i], **future.result())
                 with open(path, "a") as f:
-                    f.write(json.dumps(done[i]) + "\n")
+                    f.write(json.dumps(done[ids[i]]) + "\n")
                 asked += weight[i]
                 took = time.monotonic() - start
                 rest = took / asked * (sum(weight[j] for j in left) - asked) / 60
@@ -154,14 +158,14 @@ def ask_all(speed, questions, specs, lengths, path, jobs, so_far):
                     print(f"quality.py: {len(left)} questions, {len(specs)} policies: about {took / 60 + rest:.0f} minutes "
                           f"by the first three; stop it at any time, it goes on from {path}", file=sys.stderr)
                 if sys.stderr.isatty() and count >= 3:
-                    print(f"\r{len(done)} of {len(questions)} questions, about {rest:.0f} minutes left  ", end="",
+                    print(f"\r{count} of {len(left)} questions, about {rest:.0f} minutes left  ", end="",
                           file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     if sys.stderr.isatty() and left:
         print("\r\033[K", end="", file=sys.stderr)
-    return [done[i] for i in range(len(questions))]
+    return [done[i] for i in ids if i in done]
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------------
@@ -307,6 +311,7 @@ def main():
     p.add_argument("--small", action="store_true", help="the bundled model, with questions about stories")
     p.add_argument("-m", "--model", type=Path, help="default: SmolLM2 as ./run.sh leaves it")
     p.add_argument("--questions", type=Path, default=ROOT / "study" / "questions.json")
+    p.add_argument("--kinds", help="only these, as facts,stories")
     p.add_argument("--policies", help="as speed:24,speed:24:no-bos,pop:20,share:2")
     p.add_argument("-n", type=int, default=32, help="tokens of an answer at most (32)")
     p.add_argument("--look-up", type=int, default=20, help="the same where it is looked up in a passage (20)")
@@ -331,18 +336,18 @@ def main():
     default = [f"speed:{k}" for k in ks["speed"]] + [f"speed:{k}:no-bos" for k in ks["no-bos"]] + [f"pop:{k}" for k in ks["pop"]]
     specs = a.policies.split(",") if a.policies else default
     questions = story_questions(40, 1) if a.small else written_questions(a.questions)
-    settings = dict(model=hashlib.sha256(model.read_bytes()).hexdigest(), policies=specs, n=a.n, look_up=a.look_up,
-                    questions=hashlib.sha256(json.dumps(questions).encode()).hexdigest())
+    for q in questions:
+        q["n"] = a.look_up if q["answer"] else a.n
+    questions = [q for q in questions if not a.kinds or q["kind"] in a.kinds.split(",")]
+    settings = dict(model=hashlib.sha256(model.read_bytes()).hexdigest(), policies=specs)
     a.cache.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    answers = ask_all(speed, questions, specs, lambda q: a.look_up if q["answer"] else a.n,
-                               a.cache / f"quality-{name}-{key}.jsonl", a.jobs, a.so_far)
+    answers = ask_all(speed, questions, specs, a.cache / f"quality-{name}-{digest(settings)}.jsonl", a.jobs, a.so_far)
     if not answers:
         raise SystemExit("quality.py: no question has been answered yet; leave out --so-far")
     record = dict(programs=sorted({r["program"] for r in answers}), seconds=round(sum(r["seconds"] for r in answers)),
                   devices=[json.loads(d) for d in sorted({json.dumps(r["device"]) for r in answers})])
-    answers = [{k: v for k, v in r.items() if k not in ("i", "seconds", "program", "device", "texts")} for r in answers]
-    results = dict(settings=settings, layers=layers, record=record,
+    answers = [{k: v for k, v in r.items() if k not in ("id", "seconds", "program", "device", "texts")} for r in answers]
+    results = dict(settings=dict(settings, n=a.n, look_up=a.look_up), layers=layers, record=record,
                    summary=summarize(answers, specs), kinds=by_kind(answers, specs), answers=answers)
     a.out.mkdir(parents=True, exist_ok=True)
     table = markdown(info["name"], results)

@@ -7,7 +7,8 @@ using namespace test;
 TEST_CASE("every policy gives the same bits with one thread and with several", "[threads]") {
   // Large enough that each operation goes parallel, for a single row too, with rows and slots past whole blocks.
   const Shape shape{"threads", 3, 256, 8, 4, 32, 530, 700, false};
-  const Model model(shape);
+  Model model(shape);
+  model.make_weights();
   Random random(6);
   const std::vector<int> ids = random.ids(290, model.config.bos, shape.vocab);
   const int before = omp_get_max_threads();
