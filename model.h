@@ -332,9 +332,9 @@ class Model {
     if (!config.tokenizer_only) read_weights();
   }
 
-  // A model of this shape without file and tokenizer, for timing. Its weights are random: make_weights() makes them
-  // here, or a device makes its own.
-  explicit Model(const Shape& shape) : path_(shape.name) {
+  // A model of this shape without file and tokenizer, for timing. Its weights are random, made here, later by
+  // make_weights(), or by a device for itself.
+  explicit Model(const Shape& shape, bool with_weights = true) : path_(shape.name) {
     config.shape = shape;
     config.rms_norm_eps = 1e-5f;
     config.rope_theta = 500000;
@@ -342,6 +342,7 @@ class Model {
     config.bos = 0;
     weights.layers.resize(shape.n_layers);
     each_weight(config, weights, [&](const bf16*&, uint64_t n) { parameters += n; });
+    if (with_weights) make_weights();
   }
 
   // Every weight is its own memory, as in a file.

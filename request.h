@@ -117,7 +117,7 @@ inline std::string model_path(const Options& o) {
 inline Model load(const Options& o) {
   if (!o.model.empty() && !o.shape.empty()) throw Error(2, "-m, --shape", "both given", "use one of them");
   for (auto& s : known_shapes())
-    if (s.name == o.shape) return Model(s);
+    if (s.name == o.shape) return Model(s, false);
   return Model(model_path(o));
 }
 
