@@ -173,27 +173,30 @@ def measure(a, model, prompt, number):
 
 
 def measure_all(a, prompts, store):
-    """A measurement of each prompt. Each is kept in the file `store` at once, and a run cut off goes on from there."""
-    kept = []
+    """A measurement of each prompt, or with a.so_far of those that have one. Each is kept in the file `store` at once,
+    and a run cut off goes on from there."""
+    kept = {}
     for line in store.read_text().splitlines() if store.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last one, if it was cut off
-            kept.append(json.loads(line))
+            x = json.loads(line)
+            kept[x["number"]] = x
+    missing = [] if a.so_far else [number for number in range(len(prompts)) if number not in kept]
+    if missing:
+        model = load(a.model)[0]
+        model.set_attn_implementation("sdpa")  # it keeps no rows x rows matrices for the way back
     store.parent.mkdir(parents=True, exist_ok=True)
-    model = load(a.model)[0]
-    model.set_attn_implementation("sdpa")  # it keeps no rows x rows matrices for the way back
-    began, old = time.time(), len(kept)
+    began = time.time()
     with open(store, "w") as out:
-        out.writelines(json.dumps(x) + "\n" for x in kept)
-        for number in range(old, len(prompts)):
-            kept.append(measure(a, model, prompts[number], number))
-            out.write(json.dumps(kept[-1]) + "\n")
+        out.writelines(json.dumps(x) + "\n" for x in kept.values())
+        for done, number in enumerate(missing, 1):
+            kept[number] = dict(number=number, **measure(a, model, prompts[number], number))
+            out.write(json.dumps(kept[number]) + "\n")
             out.flush()
             if sys.stderr.isatty():
-                left = (time.time() - began) / (len(kept) - old) * (len(prompts) - len(kept)) / 60
-                end = "\n" if len(kept) == len(prompts) else ""
-                print(f"\r{len(kept)} of {len(prompts)} prompts, {left:.1f} minutes left ", end=end, file=sys.stderr,
-                      flush=True)
-    return kept
+                left = (time.time() - began) / done * (len(missing) - done) / 60
+                print(f"\r{done} of {len(missing)} prompts, {left:.1f} minutes left ",
+                      end="" if done < len(missing) else "\n", file=sys.stderr, flush=True)
+    return [kept[number] for number in sorted(kept)]
 
 
 # ---- what it comes to ------------------------------------------------------------------------------------------------
@@ -472,6 +475,7 @@ def main():
     p.add_argument("--draws", type=int, default=4, help="draws of labels a prompt")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--so-far", action="store_true", help="tables and plot of a run that was cut off")
     p.add_argument("--check", action="store_true", help="test this script instead")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -481,7 +485,7 @@ def main():
     settings = dict(model_sha256=sha256(a.model), prompts_sha256=digest(prompts), n=a.n, draws=a.draws, seed=a.seed)
     key = digest(settings)[:16]
     kept = measure_all(a, prompts, CACHE / f"importance-{key}.jsonl")
-    run = dict(command=sys.argv, model=Path(a.model).stem, prompts=len(kept), **settings,
+    run = dict(command=sys.argv, model=Path(a.model).stem, prompts=len(kept), prompts_in_all=len(prompts), **settings,
                prompt_tokens=[x["n_prompt"] for x in kept], answer_tokens=[x["n_answer"] for x in kept],
                seconds=round(sum(x["seconds"] for x in kept)), threads=a.threads, machine=machine(),
                speed=subprocess.run([a.speed, "--version"], capture_output=True, text=True).stdout.strip(),
