@@ -24,6 +24,7 @@ double seconds_of(Work work) {
 }
 
 inline Ceilings measure_ceilings(Cpu&, const Shape&) {
+  Cpu::hold_room_for_openblas(false);
   Ceilings best;
   {
     const size_t words = size_t(64) << 20, block = 1 << 10;  // 256 MiB, well beyond any cache
@@ -237,10 +238,14 @@ int run_bench(const Options& o, json& record, Model& model, B& backend) {
   std::vector<BenchTest> tests;
   const auto prompts = read_numbers(o.prompts, "-p"), depths = read_numbers(o.depths, "--depth");
   for (const Policy& p : bench_policies(o, c, o.shape.empty())) {
-    for (int n : prompts) tests.push_back({p, size_t(n), 0, 0, {}, {}});
+    for (int n : prompts) {
+      if (n == 0) throw Error(2, "-p 0", "a prompt has one token or more", "give lengths from 1, or -p '' for none");
+      tests.push_back({p, size_t(n), 0, 0, {}, {}});
+    }
     if (o.n > 0)
       for (int depth : depths) tests.push_back({p, 0, size_t(o.n), size_t(depth), {}, {}});
   }
+  if (tests.empty()) throw Error(2, "bench", "there is nothing to time", "give -p, -n or --policy a value");
   for (const BenchTest& t : tests)
     if (t.prompt + t.depth + t.gen > size_t(c.context))
       throw Error(2, "bench",

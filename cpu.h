@@ -183,6 +183,34 @@ struct Cpu {
   explicit Cpu(int threads = 0) {
     openblas_set_num_threads(1);  // OpenMP makes the threads, each calls a product of its own
     if (threads > 0) omp_set_num_threads(threads);
+    hold_room_for_openblas(true);
+  }
+
+  // OpenBLAS takes 128 MiB of address space for each thread at its first product, and tries for ever where it cannot
+  // have them (its memory.c, 0.3.21). So as much is held from the start, where too little is an error, until then. The
+  // threads take theirs before, for stacks and glibc's arenas: OpenMP would end the program with words of its own.
+  static void hold_room_for_openblas(bool hold) {
+    static void* room = nullptr;
+    static size_t bytes = 0;
+    auto take = [](size_t each) {
+      bytes = (each << 20) * size_t(omp_get_max_threads());
+      room = ::mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (room != MAP_FAILED) return;
+      room = nullptr;
+      throw Error(1, "memory", std::to_string(bytes >> 20) + " MiB of address space for the threads were refused",
+                  "raise the limit (ulimit -v), or use a smaller -t");
+    };
+    auto give_back = [] {
+      if (room) ::munmap(room, bytes);
+      room = nullptr;
+    };
+    give_back();
+    if (!hold) return;
+    take(288);
+    give_back();
+#pragma omp parallel
+    std::free(std::malloc(64));
+    take(129);
   }
 
   // ---- memory: all of it is the host's, and weights are used where they lie ----
@@ -244,6 +272,7 @@ struct Cpu {
       for (size_t o = 0; o < out; ++o) y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0);
       return;
     }
+    hold_room_for_openblas(false);
     // An even number of panels of about 256 rows: two threads then end together, and a product is still large enough.
     const size_t panels = 2 * ((out + 511) / 512), panel = (out + panels - 1) / panels;
     wide_.resize(omp_get_max_threads());

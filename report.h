@@ -226,6 +226,17 @@ class OutputFile {
   bool done_ = false;  // nothing to clean up
 };
 
+// Fails now, not after a long run, if `path` cannot be written; leaves nothing behind.
+inline void require_writable(const std::string& path) {
+  std::error_code none;
+  const auto there = std::filesystem::status(path, none);
+  const bool special = std::filesystem::exists(there) && !std::filesystem::is_regular_file(there) &&
+                       !std::filesystem::is_directory(there);  // to open a pipe would already be a message in it
+  if (!special) OutputFile{path};
+  else if (::access(path.c_str(), W_OK) != 0)
+    throw Error(1, path, std::string("cannot be written: ") + std::strerror(errno), "check who may write it");
+}
+
 // Writes a NumPy array of float32, row by row.          https://numpy.org/neps/nep-0001-npy-format.html
 class NpyWriter {
  public:

@@ -35,6 +35,7 @@ inline std::string read_file(const std::string& path) {
 inline std::string read_text(const Options& o) {
   std::string text, from = "-p";
   if (o.from_stdin) {
+    if (::read(0, nullptr, 0) != 0) throw Error(1, "standard input", std::strerror(errno), "give a file or a pipe");
     text = read_all(std::cin), from = "standard input";
   } else if (!o.file.empty()) {
     text = read_file(o.file), from = o.file;

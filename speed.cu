@@ -257,6 +257,8 @@ inline int run(int argc, char** argv) {
   const std::optional<Options> options = read_options(argc, argv, version);
   if (!options) return 0;
   const Options& o = *options;
+  for (const std::string& path : {o.record, o.out, o.dump})
+    if (!path.empty()) require_writable(path);
   json record;
   int code = 0;
   auto on = [&](auto mode) {

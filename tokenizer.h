@@ -13,8 +13,10 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -126,14 +128,22 @@ class SplitPattern {
     pcre2_set_heap_limit(context.get(), 1 << 20);  // in KiB
     // Each starting position gets a few steps, and what more it needs comes from one store: backtracking a few times
     // over the whole text is within it, running away is not. PCRE2's JIT is three times as fast, but leaves steps
-    // uncounted.
+    // uncounted. A step may still scan the whole text (a possessive repetition in a look-ahead does, at every position),
+    // so there is a limit of processor time too: a microsecond a byte, twenty times what published patterns take.
     uint64_t store = std::min<uint64_t>(1'000'000 + 32 * uint64_t(text.size()), 1u << 31);
+    const double most_seconds = processor_seconds() + 1 + 1e-6 * double(text.size());
+    auto looked = std::chrono::steady_clock::now();  // a cheap clock says when to ask the dear one
     const auto subject = reinterpret_cast<PCRE2_SPTR>(text.data());
     auto match_at = [&](size_t at) {
       for (uint32_t limit = 256;; limit *= 2) {
         pcre2_set_match_limit(context.get(), limit);
         const int rc =
             pcre2_match(code_.get(), subject, text.size(), at, PCRE2_NO_UTF_CHECK, found.get(), context.get());
+        if (const auto now = std::chrono::steady_clock::now(); now - looked > std::chrono::milliseconds(20)) {
+          looked = now;
+          if (processor_seconds() > most_seconds)
+            bad_tokenizer("split pattern gives up on this text (it takes too long)");
+        }
         if (rc != PCRE2_ERROR_MATCHLIMIT || store < limit) return rc;
         store -= limit;
       }
@@ -155,6 +165,13 @@ class SplitPattern {
   }
 
  private:
+  // Of this thread: a busy or paused machine does not stretch it.
+  static double processor_seconds() {
+    timespec t{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+  }
+
   struct Free {
     void operator()(pcre2_code* p) const { pcre2_code_free(p); }
     void operator()(pcre2_match_data* p) const { pcre2_match_data_free(p); }

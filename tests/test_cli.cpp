@@ -97,6 +97,94 @@ TEST_CASE("flags that are wrong", "[cli]") {
   refused(on_tied + "-p hi -o xml", 2, "text|md|csv|json");
 }
 
+TEST_CASE("each flag with what it does not take", "[cli]") {
+  for (auto& [flag, words] : std::vector<std::pair<std::string, std::string>>{{"-n 1.5", "from 1 to 1048576"},
+                                                                              {"-n ''", "from 1 to"},
+                                                                              {"-c 0", "from 1 to"},
+                                                                              {"--split -1", "from 0 to"},
+                                                                              {"--keep ''", "layer 0 is missing"},
+                                                                              {"--keep -1", "\"-1\""},
+                                                                              {"--every 0", "from 1 to"},
+                                                                              {"--k abc", "got abc"},
+                                                                              {"--temp 1e999", "from 0 to 100"},
+                                                                              {"--top-k -1", "from 0"},
+                                                                              {"--top-p 1.1", "from 0 to 1"},
+                                                                              {"--min-p -0.1", "from 0 to 1"},
+                                                                              {"-s -1", "from 0"},
+                                                                              {"-s 18446744073709551615", "from 0"},
+                                                                              {"--device gpu", "auto|cpu|cuda"},
+                                                                              {"-t 0", "from 1 to 1024"},
+                                                                              {"--chunk 0", "from 1"},
+                                                                              {"--date x", "add --chat"},
+                                                                              {"--answer-prefix x", "add --chat"},
+                                                                              {"--chat --date x", "shows none"},
+                                                                              {"--compare ,", "no policy"},
+                                                                              {"--compare share", "--keep"},
+                                                                              {"--keep-answers", "no such flag"},
+                                                                              {"--json", "no such flag"},
+                                                                              {"-", "more than one text"}})
+    refused(on_tied + "-p hi " + flag, 2, words);
+  refused(on_tied + "-p", 2, "missing");
+  refused("''", 2, "is no mode");
+  refused("-- hi", 2, "no such flag");
+  refused("chat" + on_tied + "-p hi", 2, "no such flag of speed chat");
+  refused("info" + on_tied + "more", 2, "belongs to no flag");
+  refused(on_tied + "-f /nonexistent", 1, "cannot be read");
+  refused(on_tied + "-f tests", 1, "cannot be read");
+  refused(on_tied + "- < tests", 1, "standard input");
+  refused(on_tied + "- <&-", 1, "standard input");
+  refused(on_tied + "- </dev/null", 2, "empty");
+  refused("logits" + on_tied + "--tokens 99999999999 --out x", 2, "no token id");
+  refused("logits" + on_tied + "--tokens 269,1 -p hi --out x", 2, "more than one way");
+  refused("logits" + on_tied + "--tokens-file /nonexistent --out x", 1, "cannot be read");
+  refused("tokenize" + on_tied + "--decode -p -1", 2, "\"-1\"");
+  refused("plan --shape llama-3.2-1b --ctx 0", 2, "from 1");
+  refused("plan --shape llama-3.2-1b --tail 0", 2, "from 1");
+  refused("plan --shape llama-3.2-1b --group 2", 2, "no meaning under policy full");
+  refused("plan --shape llama-3.2-1b --weight-bytes 1", 2, "2|4");
+  refused("bench" + on_tied + "-r 0", 2, "from 1");
+  refused("bench" + on_tied + "--policy speed --k 0", 2, "1 or more");
+  refused("bench" + on_tied + "--policy ''", 2, "nothing to time");
+  refused("bench" + on_tied + "-p '' -n 0", 2, "nothing to time");
+  refused("bench" + on_tied + "-p 0", 2, "one token or more");
+  refused("bench" + on_tied + "--depth x", 2, "\"x\"");
+  CHECK(speed_(on_tied + "-p one -p two -n 1").out == speed_(on_tied + "-p two -n 1").out);  // the last one counts
+  CHECK(speed_("tokenize" + on_tied + "-f tests/main.cpp").out ==
+        shell("SPEED tokenize" + on_tied + "- < tests/main.cpp").out);  // byte for byte, the last newline too
+}
+
+TEST_CASE("a file that cannot be written is refused before the run, and nothing is left behind", "[cli]") {
+  Scratch scratch;
+  for (const std::string path : {"/nonexistent/x", "tests", "/proc/x"}) {
+    refused(on_tied + "-p hi -n 3 --record " + path, 1, path + ": cannot be written");
+    refused("trace" + on_tied + "-p hi --dump " + path, 1, path + ": cannot be written");
+    refused("logits" + on_tied + "--tokens 269,1 --out " + path, 1, path + ": cannot be written");
+  }
+  refused("plan --shape llama-3.2-1b --record " + scratch.path.string(), 1, "Is a directory");
+  // Tried, and then refused for another reason: what was there is as it was.
+  std::ofstream(scratch / "old") << "old";
+  refused(on_tied + "-p '' --record " + (scratch / "old"), 2, "empty");
+  refused(on_tied + "-p '' --record " + (scratch / "new"), 2, "empty");
+  CHECK(read_file(scratch / "old") == "old");
+  CHECK(std::distance(std::filesystem::directory_iterator(scratch.path), {}) == 1);
+}
+
+TEST_CASE("too little address space is one line, whatever the limit", "[cli]") {
+  if (program.find("sanitize") != std::string::npos) return;  // AddressSanitizer itself needs terabytes of it
+  for (const std::string& mode : {std::string("-m models/small.safetensors -p 'hello there' -n 3 -t 2"),
+                                 "bench" + on_tied + "-p 8 -n 2 -r 1 -t 2"})
+    for (int mib : {64, 96, 160, 320, 560, 620, 640, 660, 680, 700, 750, 800, 900, 1000}) {
+      // -t: seconds of processor time, so that waiting for memory for ever ends too
+      const Ran r = shell("ulimit -v " + std::to_string(mib << 10) + "; ulimit -t 20; SPEED " + mode);
+      INFO(mode << " in " << mib << " MiB: " << r.code << "\n" << r.err);
+      CHECK((r.code == 0 || r.code == 1));
+      if (r.code == 0) continue;
+      const std::string last = r.err.substr(r.err.rfind("speed: "));
+      CHECK(last.find("memory") != std::string::npos);
+      CHECK(std::count(last.begin(), last.end(), '\n') == 1);
+    }
+}
+
 TEST_CASE("policies that cannot be", "[cli]") {
   refused(on_tied + "-p hi --k 4", 2, "3 layers");
   refused(on_tied + "-p hi --k 0", 2, "from 1");

@@ -527,6 +527,16 @@ TEST_CASE("chat data that does not fit is refused", "[chat]") {
   CHECK_THAT(error_of([&] { undated.on(t).first({}, "x", "today"); }, 2), Contains("--date"));
 }
 
+TEST_CASE("a pattern whose every step scans the whole text is given up on", "[tokenizer]") {
+  Vocabulary v;
+  v.rules["split"] = {"(?=a*+b)c|a"};
+  const Tokenizer t = v.tokenizer();
+  CHECK(t.encode(times("a", 1000), false).size() == 1000);
+  const auto began = std::clock();
+  CHECK_THAT(error_of([&] { t.encode(times("a", 1 << 20), false); }), Contains("gives up on this text"));
+  CHECK(double(std::clock() - began) / CLOCKS_PER_SEC < 10);  // 2 allowed, and what was under way
+}
+
 // ---- a real vocabulary ----------------------------------------------------------------------------------------------
 
 TEST_CASE("SmolLM2's ids, as Hugging Face gives them", "[tokenizer]") {

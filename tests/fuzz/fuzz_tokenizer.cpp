@@ -119,13 +119,15 @@ void any_rules(FuzzedDataProvider in) {
   if (how / 16 % 4 == 3) json = in.ConsumeRandomLengthString(400), sound = false;
   if (how / 64 == 3) {  // arrays that do not fit together
     auto& values = in.ConsumeBool() ? v.offsets : v.merges;
+    const uint32_t any = in.ConsumeIntegral<uint32_t>();  // or near what is allowed
     if (!values.empty())
-      values[in.ConsumeIntegralInRange<size_t>(0, values.size() - 1)] = in.ConsumeIntegral<uint32_t>();
+      values[in.ConsumeIntegralInRange<size_t>(0, values.size() - 1)] =
+          any % 2 ? any : uint32_t(v.size()) - 2 + any / 2 % 4;
     sound = false;
   }
   const std::string text = in.ConsumeRemainingBytesAsString();
   accepted([&] {
-    const Limit limit(4);
+    const Limit limit(20);
     const Tokenizer t(json, v.bytes, v.offsets, v.merges, v.size());
     const std::vector<int> ids = t.encode(text, false);
     const std::vector<int> with_special = t.encode(text, true);
