@@ -174,12 +174,13 @@ def measure(a, model, prompt, number):
 
 def measure_all(a, prompts, store):
     """A measurement of each prompt, or with a.so_far of those that have one. Each is kept in the file `store` at once,
-    and a run cut off goes on from there."""
+    and a run cut off, or after a change of some prompts, goes on from there."""
     kept = {}
     for line in store.read_text().splitlines() if store.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the last one, if it was cut off
             x = json.loads(line)
-            kept[x["number"]] = x
+            if x["number"] < len(prompts) and x["prompt"] == digest(prompts[x["number"]]):
+                kept[x["number"]] = x
     missing = [] if a.so_far else [number for number in range(len(prompts)) if number not in kept]
     if missing:
         model = load(a.model)[0]
@@ -189,7 +190,8 @@ def measure_all(a, prompts, store):
     with open(store, "w") as out:
         out.writelines(json.dumps(x) + "\n" for x in kept.values())
         for done, number in enumerate(missing, 1):
-            kept[number] = dict(number=number, **measure(a, model, prompts[number], number))
+            prompt = prompts[number]
+            kept[number] = dict(number=number, prompt=digest(prompt), **measure(a, model, prompt, number))
             out.write(json.dumps(kept[number]) + "\n")
             out.flush()
             if sys.stderr.isatty():
@@ -482,10 +484,10 @@ def main():
     if a.check:
         return check_all(a.model)
     prompts = [q["text"] for q in quality.written_questions(Path(a.prompts)) if len(q["text"]) <= a.longest]
-    settings = dict(model_sha256=sha256(a.model), prompts_sha256=digest(prompts), n=a.n, draws=a.draws, seed=a.seed)
-    key = digest(settings)[:16]
-    kept = measure_all(a, prompts, CACHE / f"importance-{key}.jsonl")
-    run = dict(command=sys.argv, model=Path(a.model).stem, prompts=len(kept), prompts_in_all=len(prompts), **settings,
+    settings = dict(model_sha256=sha256(a.model), n=a.n, draws=a.draws, seed=a.seed)
+    kept = measure_all(a, prompts, CACHE / f"importance-{digest(settings)[:16]}.jsonl")
+    run = dict(command=sys.argv, model=Path(a.model).stem, prompts=len(kept), prompts_in_all=len(prompts),
+               prompts_sha256=digest(prompts), **settings,
                prompt_tokens=[x["n_prompt"] for x in kept], answer_tokens=[x["n_answer"] for x in kept],
                seconds=round(sum(x["seconds"] for x in kept)), threads=a.threads, machine=machine(),
                speed=subprocess.run([a.speed, "--version"], capture_output=True, text=True).stdout.strip(),
