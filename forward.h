@@ -1,8 +1,8 @@
 // forward.h - the story: how tokens go through the layers under a policy.
 //
-// Written once, as a template over the backend that does the arithmetic (cpu.h, gpu.cuh). Tokens come in as rows; at every layer
-// the policy says which rows leave keys and values there and which go on. Rows are ordered, prompt before tail, so each
-// of the two sets is a suffix of the rows, and "which" is only "from where".
+// Written once, as a template over the backend that does the arithmetic (cpu.h, gpu.cuh). Tokens come in as rows; at
+// every layer the policy says which rows leave keys and values there and which go on. Rows are ordered, prompt before
+// tail, so each of the two sets is a suffix of the rows, and "which" is only "from where".
 #pragma once
 
 #include <chrono>

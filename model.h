@@ -118,8 +118,8 @@ void each_weight(const Config& c, Weights& w, Visit visit) {
 }
 
 // ---- the cache ----------------------------------------------------------------------------------------------------
-// Keys and values of one layer, T float on a CPU, bf16 on a GPU. Slots are filled in order; a slot's keys carry their token's position
-// by RoPE, so slot and position need not agree.
+// Keys and values of one layer, T float on a CPU, bf16 on a GPU. Slots are filled in order; a slot's keys carry their
+// token's position by RoPE, so slot and position need not agree.
 
 template <class T>
 struct LayerCache {
