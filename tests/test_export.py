@@ -772,7 +772,8 @@ class NoHalfWrittenFile(Case):
             file.truncate(8 + len(text) + end)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             run = subprocess.Popen([sys.executable, ROOT / "export_weights.py", self.checkpoint, self.out],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # ignored in a background job
             while not list(self.folder.glob(".*.part")):
                 self.assertIsNone(run.poll())
                 time.sleep(0.001)
