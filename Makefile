@@ -86,7 +86,8 @@ test-hf: speed
 
 # Ten minutes; needs clang and its run-time library (Debian: clang libclang-rt-dev). ./run.sh fuzz installs them first.
 fuzz:
-	tests/fuzz/run.sh 600 build/fuzz
+	tests/fuzz/run.sh $(FUZZ_SECONDS) build/fuzz
+FUZZ_SECONDS ?= 600
 
 bench: speed
 	./speed bench -m "$(CACHE)/smollm2-135m-instruct.safetensors" -p 128,512 -n 64 --depth 0,1024,4096 --policy full,speed,pop --k 24,15
