@@ -93,10 +93,13 @@ bench: speed
 	./speed bench -m "$(CACHE)/smollm2-135m-instruct.safetensors" -p 128,512 -n 64 --depth 0,1024,4096 --policy full,speed,pop --k 24,15
 
 # The tests of the kernels once more, on the GPU itself.
-build-gpu/tests: tests/test_gpu.cpp $(BUILD)/main.o $(HEADERS) $(wildcard tests/*.h)
+build-gpu/test_gpu.o: tests/test_gpu.cpp $(HEADERS) $(wildcard tests/*.h)
 	@mkdir -p build-gpu
 	$(NVCC) $(filter -std=% -D%,$(LANGUAGE)) -O2 -ccbin $(CXX) -Xcompiler -fopenmp,-march=native -arch=sm_$(CARD:90=90a) \
-	  -I. -x cu tests/test_gpu.cpp -x none $(BUILD)/main.o -o $@ $(LIBRARIES) -lcublas
+	  -I. -x cu -c $< -o $@
+
+build-gpu/tests: build-gpu/test_gpu.o $(BUILD)/main.o
+	$(NVCC) -ccbin $(CXX) -Xcompiler -fopenmp $^ -o $@ $(LIBRARIES) -lcublas
 
 gpu-check: speed build-gpu/tests
 	tests/gpu/run.sh "$(CACHE)"

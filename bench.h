@@ -23,11 +23,15 @@ double seconds_of(Work work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-inline Ceilings measure_ceilings(Cpu&, const Shape&) {
-  Cpu::hold_room_for_openblas(false);
+inline Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
   Ceilings best;
+  const size_t words = size_t(64) << 20, block = 1 << 10;  // 256 MiB, well beyond any cache
+  if (cpu.available_memory() < words * 4)
+    throw Error(2, "memory",
+                "the ceilings need " + std::to_string(words >> 18) + " MiB, " +
+                    std::to_string(cpu.available_memory() >> 20) + " MiB are available",
+                "free some, or use a smaller -t");
   {
-    const size_t words = size_t(64) << 20, block = 1 << 10;  // 256 MiB, well beyond any cache
     Cpu::Buffer<uint32_t> memory(words);
     const uint32_t* p = memory.get();
     std::fill_n(memory.get(), words, 1);

@@ -183,34 +183,6 @@ struct Cpu {
   explicit Cpu(int threads = 0) {
     openblas_set_num_threads(1);  // OpenMP makes the threads, each calls a product of its own
     if (threads > 0) omp_set_num_threads(threads);
-    hold_room_for_openblas(true);
-  }
-
-  // OpenBLAS takes 128 MiB of address space for each thread at its first product, and tries for ever where it cannot
-  // have them (its memory.c, 0.3.21). So as much is held from the start, where too little is an error, until then. The
-  // threads take theirs before, for stacks and glibc's arenas: OpenMP would end the program with words of its own.
-  static void hold_room_for_openblas(bool hold) {
-    static void* room = nullptr;
-    static size_t bytes = 0;
-    auto take = [](size_t each) {
-      bytes = (each << 20) * size_t(omp_get_max_threads());
-      room = ::mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (room != MAP_FAILED) return;
-      room = nullptr;
-      throw Error(1, "memory", std::to_string(bytes >> 20) + " MiB of address space for the threads were refused",
-                  "raise the limit (ulimit -v), or use a smaller -t");
-    };
-    auto give_back = [] {
-      if (room) ::munmap(room, bytes);
-      room = nullptr;
-    };
-    give_back();
-    if (!hold) return;
-    take(288);
-    give_back();
-#pragma omp parallel
-    std::free(std::malloc(64));
-    take(129);
   }
 
   // ---- memory: all of it is the host's, and weights are used where they lie ----
@@ -218,7 +190,13 @@ struct Cpu {
   void check(const Shape&) const {}  // any shape will do
   uint64_t bytes_to_load(const Model&) const { return 0; }
   const Weights& load(const Model& model) { return model.weights; }
-  uint64_t available_memory() const { return speed::available_memory(); }
+  // Where address space is limited, the threads' share of it is not for caches: stacks and glibc's arenas, without which
+  // OpenMP ends the program with words of its own, and 128 MiB each at OpenBLAS's first product, which it tries to get
+  // for ever (its memory.c, 0.3.21).
+  uint64_t available_memory() const {
+    const uint64_t threads = uint64_t(omp_get_max_threads()) * (320 << 20), left = address_space_left();
+    return std::min(speed::available_memory(), left > threads ? left - threads : 0);
+  }
   template <class T>
   void upload(T* to, const T* from, size_t n) {
     std::copy_n(from, n, to);
@@ -272,7 +250,6 @@ struct Cpu {
       for (size_t o = 0; o < out; ++o) y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0);
       return;
     }
-    hold_room_for_openblas(false);
     // An even number of panels of about 256 rows: two threads then end together, and a product is still large enough.
     const size_t panels = 2 * ((out + 511) / 512), panel = (out + panels - 1) / panels;
     wide_.resize(omp_get_max_threads());

@@ -53,10 +53,10 @@ class Engine {
     const uint64_t load = b_.bytes_to_load(model), need = bytes_needed(), have = b_.available_memory();
     if (load + need > have)
       throw Error(2, "memory",
-                  "this run needs " + std::to_string(need >> 20) + " MiB beside the weights" +
+                  "this run needs " + std::to_string((need >> 20) + 1) + " MiB beside the weights" +
                       (load ? " of " + std::to_string(load >> 20) + " MiB" : "") + ", " + std::to_string(have >> 20) +
                       " MiB are available",
-                  "use a smaller -c, -n or --chunk");
+                  "use a smaller -c, -n, --chunk or -t");
     if (announce) announce(*this);
     w_ = &b_.load(model);
     allocate();

@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -297,6 +298,16 @@ class SafeTensors {
   std::map<std::string, std::string> metadata_;
 };
 
+// Bytes of address space this process may still take (ulimit -v).
+inline uint64_t address_space_left() {
+  rlimit limit{};
+  uint64_t pages = 0;
+  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return RLIM_INFINITY;
+  std::ifstream("/proc/self/statm") >> pages;
+  const uint64_t taken = pages * uint64_t(::sysconf(_SC_PAGESIZE));
+  return limit.rlim_cur > taken ? limit.rlim_cur - taken : 0;
+}
+
 // Bytes of memory this process may still take: the machine's, or its control group's where that is less.
 inline uint64_t available_memory() {
   uint64_t available = std::numeric_limits<uint64_t>::max();
@@ -309,7 +320,7 @@ inline uint64_t available_memory() {
   uint64_t limit = 0, current = 0;
   if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && std::ifstream("/sys/fs/cgroup/memory.current") >> current)
     available = std::min(available, limit > current ? limit - current : 0);
-  return available;
+  return std::min(available, address_space_left());
 }
 
 // ---- the model ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,4 @@
 // speed.cu - the program: what each mode does, and main. The forward pass is in forward.h.
-#include <sys/resource.h>
-
 #include <csignal>
 
 #include "bench.h"

@@ -426,13 +426,6 @@ TEST_CASE("the likeliest token", "[gpu]") {
 
 namespace {
 
-// How far Gpu and Cpu may be apart, as a share of the norm of a row of logits. A layer rounds ten times to bf16 where Cpu
-// does not: two normed rows, queries, keys, values, softmax's weights, attention's output, gate, up and their product.
-// One rounding is wrong by at most u, on average over a row by u / sqrt(3) at most; they are independent, and at worst
-// each is all of what its layer adds to the residual, so squares add up; one more for the head's input. Layers above may
-// make an error larger, in random models by half: twice is allowed.
-double model_tolerance(int n_layers) { return 2 * std::sqrt((10 * n_layers + 1) / 3.0) * u; }
-
 // A model with random weights, scaled so that every layer adds about its own size to the residual.
 struct RandomModel {
   std::vector<std::vector<bf16>> memory;
@@ -490,6 +483,65 @@ std::vector<float> logits_on(B& backend, const Model& m, const Policy& p, std::s
   return all;
 }
 
+// Cpu with a random relative error, uniform up to u, wherever Gpu rounds many rows to bf16. Rounding is wrong by u at
+// most and by less for most values, so this errs more than Gpu may. Rounding softmax's weights is an error of the values
+// they weigh.
+struct Rough : Cpu {
+  std::minstd_rand random;
+  explicit Rough(uint64_t seed) : random(uint32_t(seed)) {}
+  void roughen(float* x, size_t n, int times = 1) {
+    std::uniform_real_distribution<float> wrong(-u, u);
+    for (; times > 0; --times)
+      for (size_t i = 0; i < n; ++i) x[i] *= 1 + wrong(random);
+  }
+  void rmsnorm(float* y, const float* x, const bf16* w, size_t n, size_t d, float eps) {
+    Cpu::rmsnorm(y, x, w, n, d, eps);
+    roughen(y, n * d);
+  }
+  void queries(float* q, const float* a, const bf16* wq, const float* cos, const float* sin, size_t n, size_t d,
+               size_t n_heads, size_t head_dim) {
+    Cpu::queries(q, a, wq, cos, sin, n, d, n_heads, head_dim);
+    roughen(q, n * n_heads * head_dim, 2);  // the product, and after RoPE
+  }
+  void keys_values(LayerCache<float>& cache, float* k, float* v, const float* a, const bf16* wk, const bf16* wv,
+                   const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
+    const size_t width = n_kv_heads * head_dim;
+    matmul(k, a, wk, n, d, width);
+    matmul(v, a, wv, n, d, width);
+    rope(k, cos, sin, n, n_kv_heads, head_dim);
+    roughen(k, n * width, 2);
+    roughen(v, n * width, 2);
+    append(cache, k, v, n, n_kv_heads, head_dim);
+  }
+  void attention(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
+                 size_t n_kv_heads, size_t head_dim) {
+    Cpu::attention(o, q, cache, n, seen, n_heads, n_kv_heads, head_dim);
+    roughen(o, n * n_heads * head_dim);
+  }
+  void gated(float* gate, float* up, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
+    matmul(gate, a, wg, n, d, f);
+    matmul(up, a, wu, n, d, f);
+    roughen(gate, n * f);
+    roughen(up, n * f);
+    swiglu(gate, up, n * f);
+    roughen(gate, n * f);
+  }
+};
+
+// How far from `ref` such errors may carry this model under this policy, as worst_row gives it: mean and four standard
+// deviations of eight draws.
+double tolerance(const Model& m, const Policy& p, std::span<const int> ids, size_t split, std::span<const float> ref) {
+  constexpr int draws = 8;
+  double sum = 0, squares = 0;
+  for (int seed = 1; seed <= draws; ++seed) {
+    Rough rough(seed);
+    const double far = worst_row(logits_on(rough, m, p, ids, split), ref, m.config.shape.vocab);
+    sum += far, squares += far * far;
+  }
+  const double mean = sum / draws;
+  return mean + 4 * std::sqrt((squares - draws * mean * mean) / (draws - 1));
+}
+
 // Slots [from, from + n) of layer l's keys and values.
 std::vector<float> cache_of(Gpu& gpu, const Engine<Gpu>& engine, const Shape& s, int l, size_t from, size_t n) {
   const auto& c = engine.cache(l);
@@ -512,22 +564,22 @@ TEST_CASE("models on Gpu equal Cpu under every policy, and a small fault does no
   for (const RandomModel& r : models()) {
     const Model& m = r.m;
     const Shape& s = m.config.shape;
-    const double tolerance = model_tolerance(s.n_layers);
     const auto ids = Random(11).ids(70, m.config.bos, s.vocab);
     for (const Policy& p : all_policies(m.config)) {
       INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
       const size_t split = p.tail_is_one_token() ? ids.size() - 1 : ids.size() - 3;
       const auto ref = logits_on(cpu, m, p, ids, split);
       const double error = worst_row(logits_on(gpu, m, p, ids, split, p.k % 2 ? 512 : 40), ref, s.vocab);
-      worst = std::max(worst, error / tolerance);
-      CHECK(error < tolerance);
+      const double allowed = tolerance(m, p, ids, split, ref);
+      worst = std::max(worst, error / allowed);
+      CHECK(error < allowed);
       if (p.method == Method::speed && p.k > 1 && p.k < s.n_layers) {
         const Policy wrong = policy(p.method, s.n_layers, p.k - 1, p.bos);
-        CHECK(worst_row(logits_on(gpu, m, wrong, ids, split), ref, s.vocab) > tolerance);
+        CHECK(worst_row(logits_on(gpu, m, wrong, ids, split), ref, s.vocab) > allowed);
       }
     }
   }
-  CHECK(worst > 0.1);  // the tolerance is not idle
+  CHECK(worst > 0.4);  // the tolerance is not idle
 }
 
 TEST_CASE("the small model's answers on Gpu", "[gpu][model]") {
@@ -643,12 +695,12 @@ TEST_CASE("laws 1, 2 and 4 on Gpu, bit for bit", "[gpu][model]") {
 
 TEST_CASE("laws 3, 5, 6 and 7 on Gpu, within bf16", "[gpu][model]") {
   Gpu gpu;
+  Cpu cpu;
   for (const RandomModel& r : models()) {
     const Model& m = r.m;
     const Shape& s = m.config.shape;
     const int L = s.n_layers;
     const size_t V = s.vocab;
-    const double tolerance = model_tolerance(L);
     const auto ids = Random(14).ids(45, m.config.bos, s.vocab);
     std::vector<Policy> policies = {full_depth(L), policy(Method::speed, L, 1), policy(Method::speed, L, 2, false),
                                     policy(Method::pop, L, 1), policy(Method::share, L, 0, true, {0, 2})};
@@ -657,14 +709,16 @@ TEST_CASE("laws 3, 5, 6 and 7 on Gpu, within bf16", "[gpu][model]") {
       INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
       const size_t split = 41;
       const auto forced = logits_on(gpu, m, p, ids, split);
-      CHECK(worst_row(logits_on(gpu, m, p, ids, split, 17), forced, V) < tolerance);
+      // Two runs that are each so far from the exact one
+      const double allowed = 2 * tolerance(m, p, ids, split, logits_on(cpu, m, p, ids, split));
+      CHECK(worst_row(logits_on(gpu, m, p, ids, split, 17), forced, V) < allowed);
 
       Engine<Gpu> engine(m, p, {ids.size(), ids.size() - split, 512}, gpu);
       std::vector<float> one_by_one;
       auto keep = [&](const float* l) { one_by_one.insert(one_by_one.end(), l, l + V); };
       engine.prefill(std::span(ids).first(split + 1), split, [&](size_t, const float* l) { keep(l); });
       for (size_t i = split + 1; i < ids.size(); ++i) keep(engine.decode(ids[i]));
-      CHECK(worst_row(one_by_one, forced, V) < tolerance);
+      CHECK(worst_row(one_by_one, forced, V) < allowed);
 
       if (p.method == Method::pop) continue;  // keeps what earlier answers left, at full depth
       Engine<Gpu> turns(m, p, {ids.size(), 8, 512}, gpu);
@@ -674,7 +728,7 @@ TEST_CASE("laws 3, 5, 6 and 7 on Gpu, within bf16", "[gpu][model]") {
       std::vector<float> second;
       turns.prefill(
           std::span(ids).subspan(21), 21, [&](size_t, const float* l) { second.insert(second.end(), l, l + V); }, true);
-      CHECK(worst_row(second, logits_on(gpu, m, p, ids, 42), V) < tolerance);
+      CHECK(worst_row(second, logits_on(gpu, m, p, ids, 42), V) < allowed);
     }
     const Policy speed = policy(Method::speed, L, 1);
     std::vector<float> before;
