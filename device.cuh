@@ -18,6 +18,19 @@
 #include "error.h"
 #include "model.h"
 
+namespace speed {
+
+using Where = std::source_location;  // of the call that a message should name
+
+// A Stream, with the place in the program that names it.
+struct LaunchStream {
+  const class Stream& stream;
+  Where where;
+  LaunchStream(const Stream& s, Where w = Where::current()) : stream(s), where(w) {}
+};
+
+}  // namespace speed
+
 #ifdef SPEED_EMULATOR
 #include "tests/emulator.h"
 #else
@@ -146,8 +159,6 @@ DEVICE float exp2_fast(float x) {
 
 // ---- the host's side ----------------------------------------------------------------------------------------------
 
-using Where = std::source_location;  // of the call that a message should name
-
 [[noreturn]] inline void fail(const std::string& call, const std::string& why, const std::string& hint, Where where) {
   const std::string file = where.file_name();
   throw Error(1, call + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line()) + ")", why, hint);
@@ -254,13 +265,6 @@ inline void copy_on_device(void* to, const void* from, size_t bytes, const Strea
 inline void fill_bytes(void* to, int byte, size_t bytes, const Stream& s, Where where = Where::current()) {
   SPEED_CHECK(cudaMemsetAsync(to, byte, bytes, s.get()), where);
 }
-
-// A Stream, with the place in the program that names it.
-struct LaunchStream {
-  const Stream& stream;
-  Where where;
-  LaunchStream(const Stream& s, Where w = Where::current()) : stream(s), where(w) {}
-};
 
 // Runs kernel(args...) with grid.x * grid.y * grid.z blocks of block.x threads, a multiple of 32, and `shared_bytes` of
 // shared memory each. Nothing is run where the grid is empty.

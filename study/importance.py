@@ -38,6 +38,7 @@ try:
     import torch
     import transformers
 
+    import plots
     import quality
     import reference
 except ImportError as error:
@@ -262,14 +263,8 @@ def markdown(results):
 
 
 def plot(results, path):
-    """Importance over layers; POP's KL divergence over K. Grey text on no background reads on light and dark pages."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    grey = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "speed", "font.size": 11})
-    plt.rcParams.update({key: "#808080" for key in grey})
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
+    """Importance over layers; POP's KL divergence over K."""
+    fig, (left, right) = plots.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
 
     def line(ax, x, rows, label, color, marker, dash):
         ax.plot(x, [r["value"] for r in rows], color=color, marker=marker, ls=dash, lw=1.8, ms=4.5, label=label)
@@ -288,12 +283,8 @@ def plot(results, path):
     right.set(yscale="log", xlabel="K: layers the prompt visits", ylabel="KL of pop, nats per token")
     right.set_xticks(x)
     for ax in (left, right):
-        ax.grid(alpha=0.25)
-        ax.legend(frameon=False, fontsize=9)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-    fig.tight_layout()
-    fig.savefig(path, transparent=True, metadata={"Date": None})
+        ax.legend()
+    plots.save(fig, path)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

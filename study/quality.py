@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import plots
 from stories import KINDS, TEST_NAMES, Story
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,20 +259,12 @@ def markdown(name, results):
 
 
 def plot(results, path):
-    """Rows: the measures; columns: prompt work and KV cache. Grey text on no background reads on light and dark pages."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "speed", "font.size": 11})
-    grey = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    plt.rcParams.update({key: "#808080" for key in grey})
-    styles = {"speed, BoS on": ("#1f8fe0", "o", "-"), "speed, BoS off": ("#e0782f", "s", "--"), "pop": ("#35a853", "^", ":"),
-              "share": ("#a05fd0", "D", "")}
+    """Rows: the measures; columns: prompt work and KV cache."""
     shown = [m for m in MEASURES if results["summary"][0][m] is not None]
-    fig, axes = plt.subplots(len(shown), 2, figsize=(10, 2.9 * len(shown)), sharex="col", sharey="row", squeeze=False)
+    fig, axes = plots.subplots(len(shown), 2, figsize=(10, 2.9 * len(shown)), sharex="col", sharey="row", squeeze=False)
     for axrow, m in zip(axes, shown):
         for ax, x in zip(axrow, ("flops", "kv")):
-            for line, (color, marker, dash) in styles.items():
+            for line, (color, marker, dash) in plots.STYLES.items():
                 rows = [r for r in results["summary"] if line_and_k(r["spec"], results["layers"])[0] == line]
                 if not rows:
                     continue
@@ -287,9 +280,6 @@ def plot(results, path):
                                     ha="center", fontsize=8, color=color)
             if m == "kl":
                 ax.set_yscale("log")
-            ax.grid(alpha=0.25)
-            for side in ("top", "right"):
-                ax.spines[side].set_visible(False)
         full = results["summary"][0][m]
         if m == "exact":
             for ax in axrow:
@@ -299,9 +289,8 @@ def plot(results, path):
         axrow[0].set_ylabel(MEASURES[m])
     axes[-1][0].set_xlabel("prompt work, % of full depth's FLOPs")
     axes[-1][1].set_xlabel("KV cache, % of full depth's bytes")
-    axes[0][0].legend(frameon=False, fontsize=9)
-    fig.tight_layout()
-    fig.savefig(path, transparent=True, metadata={"Date": None})
+    axes[0][0].legend()
+    plots.save(fig, path)
 
 
 # ---- main --------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import plots
 from stories import KINDS, TEST_NAMES, Story, training_story
 
 LAYERS = 8
@@ -112,31 +113,21 @@ def markdown(results):
 
 
 def plot(results, path):
-    """One panel a kind: exact answers over K. Grey text on no background reads on light and on dark pages."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    grey = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "speed", "font.size": 11})
-    plt.rcParams.update({key: "#808080" for key in grey})
-    styles = {"speed, BoS on": ("#1f8fe0", "o", "-"), "speed, BoS off": ("#e0782f", "s", "--"),
-              "pop": ("#35a853", "^", ":")}
-    fig, axes = plt.subplots(1, len(KINDS), figsize=(10, 3.4), sharey=True)
+    """One panel a kind: exact answers over K."""
+    fig, axes = plots.subplots(1, len(KINDS), figsize=(10, 3.4), sharey=True)
     for ax, kind in zip(axes, KINDS):
-        for line, (color, marker, dash) in styles.items():
+        for line, (color, marker, dash) in plots.STYLES.items():
             rows = [r for r in results["cells"] if (r["policy"], r["prompt"], r["kind"]) == (line, "right", kind)]
+            if not rows:
+                continue
             error = [[r["percent"] - r["low"] for r in rows], [r["high"] - r["percent"] for r in rows]]
             ax.errorbar([r["k"] for r in rows], [r["percent"] for r in rows], yerr=error, color=color, marker=marker,
                         ls=dash, capsize=2, lw=1.8, ms=5, label=line)
         ax.set(title=KIND_NAMES[kind], xlabel="K: layers the prompt visits", ylim=(-3, 103))
         ax.set_xticks(range(1, LAYERS + 1))
-        ax.grid(alpha=0.25)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
     axes[0].set_ylabel("exact answers, %")
-    axes[0].legend(frameon=False, loc="lower right", fontsize=9)
-    fig.tight_layout()
-    fig.savefig(path, transparent=True, metadata={"Date": None})
+    axes[0].legend(loc="lower right")
+    plots.save(fig, path)
 
 
 def main():

@@ -75,7 +75,6 @@ namespace speed {
 
 using std::max;
 using std::min;
-using Where = std::source_location;
 
 // ---- the emulator's own interface ---------------------------------------------------------------------------------
 
@@ -243,12 +242,6 @@ void copy_to_device(void* to, const void* from, size_t bytes, const Stream& s, W
 void copy_to_host(void* to, const void* from, size_t bytes, const Stream& s, Where where = Where::current());
 void copy_on_device(void* to, const void* from, size_t bytes, const Stream& s, Where where = Where::current());
 void fill_bytes(void* to, int byte, size_t bytes, const Stream& s, Where where = Where::current());
-
-struct LaunchStream {
-  const Stream& stream;
-  Where where;
-  LaunchStream(const Stream& s, Where w = Where::current()) : stream(s), where(w) {}
-};
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, LaunchStream s, A&&... args) {
