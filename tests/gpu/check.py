@@ -34,6 +34,7 @@ CACHE = Path(os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOM
 SMOLLM2 = Path(os.environ.get("SPEED_MODEL", CACHE / "smollm2-135m-instruct.safetensors"))
 SMALL = ROOT / "models" / "small.safetensors"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+MINUTES = 8  # for all steps together; the memory checks, which come last and take longest, get what is left
 STEPS = ("kernels", "repeat", "laws", "hf", "sanitizer")
 QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is resane. What is Feta?"
 
@@ -62,7 +63,7 @@ def run(*command, timeout=240, **more):
         done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               errors="replace", timeout=timeout, cwd=ROOT, **more)
     except subprocess.TimeoutExpired:
-        raise Failed(f"{' '.join(map(str, command))[:120]}: no end after {timeout} s")
+        raise Failed(f"{' '.join(map(str, command))[:120]}: no end after {timeout:.0f} s")
     return done.stdout, done.returncode
 
 
@@ -227,8 +228,12 @@ def sanitizer(report, args, work):
     report["tools"], bad = {}, []
     for name in TOOLS:
         for target, command in targets.items():
+            left = args.began + MINUTES * 60 - time.time()
+            if left < 5:
+                report["tools"][f"{name} {target}"] = f"skipped: the {MINUTES} minutes are over"
+                continue
             try:
-                out, code = run(tool, "--tool", name, "--error-exitcode", 99, *command, timeout=90)
+                out, code = run(tool, "--tool", name, "--error-exitcode", 99, *command, timeout=min(90, left))
             except Failed as error:
                 report["tools"][f"{name} {target}"] = f"skipped: {error}"
                 continue
@@ -296,6 +301,7 @@ def main():
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100000, help="of the random inputs")
     args = parser.parse_args()
+    args.began = time.time()
     sys.path.insert(0, str(ROOT / "tests" / "hf"))
     wanted = args.only.split(",")
     unknown = [name for name in wanted if name not in STEPS]

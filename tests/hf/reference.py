@@ -131,14 +131,14 @@ def replace_by_swiftkv(handles, model, weights, config, k):
     """SwiftKV: in an upper layer all keys and values come from RMSNorm(h_K; norm_swiftkv) through the projections of
     the group's first layer, queries from the layer's own SwiftKV projection."""
     group = config["swiftkv"]["key_value_group_size"]
-    eps = config["rms_norm_eps"]
+    norm = modeling_llama.LlamaRMSNorm(config["hidden_size"], config["rms_norm_eps"])
+    norm.weight.data = weights["model.norm_swiftkv.weight"]
     normed = []
 
-    def norm(module, args):
-        x = args[0]
-        normed[:] = [x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weights["model.norm_swiftkv.weight"]]
+    def keep_normed(module, args):
+        normed[:] = [norm(args[0])]
 
-    handles.append(model.layers[k].register_forward_pre_hook(norm))
+    handles.append(model.layers[k].register_forward_pre_hook(keep_normed))
     for i, layer in enumerate(model.layers[k:], start=k):
         for p, source in (("q", i), ("k", i - (i - k) % group), ("v", i - (i - k) % group)):
             def replace(module, args, out, p=p, source=source):
