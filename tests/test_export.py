@@ -1,4 +1,5 @@
-"""Tests of export_weights.py: round trips, each refusal by name, hostile files, and no output file after a failure.
+"""Tests of export_weights.py and checkpoint/: round trips, each refusal by name, hostile files, and no output file after
+a failure.
 
 Needs numpy and jinja2; gguf for the GGUF tests, which are reported as skipped without it.
 """
@@ -24,6 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "hf")]
 import export_weights  # noqa: E402
 import random_models  # noqa: E402
+from checkpoint import files, gguf_file  # noqa: E402
+from checkpoint.chat import TEMPLATE_LIMIT, recognise_chat  # noqa: E402
+from checkpoint.config import check_config, expected_tensors  # noqa: E402
+from checkpoint.failure import Failure  # noqa: E402
+from checkpoint.tokenizer import DIGIT, GPT2_SPLIT, LLAMA3_SPLIT, Tokenizer  # noqa: E402
 
 try:
     import gguf
@@ -92,7 +98,7 @@ class Case(unittest.TestCase):
     def accept(self, *more):
         code, out, err = export(self.checkpoint, self.out, *more)
         self.assertEqual((code, err), (0, ""))
-        return export_weights.Safetensors(self.out), out
+        return files.Safetensors(self.out), out
 
     def survive(self, *more):
         """The exporter accepts, or says why not in one line and leaves no file. Returns what it said."""
@@ -195,7 +201,7 @@ class RoundTrip(Case):
             self.refuse("speed_adapted")
 
     def shard(self):
-        file = export_weights.Safetensors(self.checkpoint / "model.safetensors")
+        file = files.Safetensors(self.checkpoint / "model.safetensors")
         names = list(file.tensors)
         where = {name: f"model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(names)}
         for shard in set(where.values()):
@@ -265,7 +271,7 @@ class RoundTrip(Case):
         for left, right, merged in merges:
             self.assertEqual(words[left] + words[right], words[merged])
         self.assertEqual(meta(file, "tokenizer"), {
-            "split": [export_weights.LLAMA3_SPLIT], "ignore_merges": True,
+            "split": [LLAMA3_SPLIT], "ignore_merges": True,
             "special": [[269 + i, text] for i, text in enumerate(random_models.SPECIAL)]})
 
     def test_tokenizer_only(self):
@@ -307,7 +313,7 @@ class Rounding(unittest.TestCase):
     def test_what_bf16_cannot_hold(self):
         for x in (np.array([np.nan], np.float32), np.array([np.inf], np.float16), np.array([3.4e38], np.float32),
                   np.array([0x7F80], np.uint16), np.array([0xFFC0], np.uint16)):
-            with self.assertRaisesRegex(export_weights.Failure, "some.weight"):
+            with self.assertRaisesRegex(Failure, "some.weight"):
                 export_weights.Rounding()(x, "some.weight")
 
 
@@ -460,14 +466,14 @@ class Refusals(Case):
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         for changes, split in (
                 ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}},
-                 [export_weights.DIGIT, export_weights.GPT2_SPLIT]),
-                ({"pre_tokenizer": byte_level}, [export_weights.GPT2_SPLIT]),
-                ({"normalizer": {"type": "Sequence", "normalizers": []}}, [export_weights.LLAMA3_SPLIT]),
-                ({"model.merges": [m.split(" ") for m in random_models.MERGES]}, [export_weights.LLAMA3_SPLIT]),
-                ({"added_tokens.0.special": False, "added_tokens.0.normalized": True}, [export_weights.LLAMA3_SPLIT]),
+                 [DIGIT, GPT2_SPLIT]),
+                ({"pre_tokenizer": byte_level}, [GPT2_SPLIT]),
+                ({"normalizer": {"type": "Sequence", "normalizers": []}}, [LLAMA3_SPLIT]),
+                ({"model.merges": [m.split(" ") for m in random_models.MERGES]}, [LLAMA3_SPLIT]),
+                ({"added_tokens.0.special": False, "added_tokens.0.normalized": True}, [LLAMA3_SPLIT]),
                 ({"post_processor": {"type": "TemplateProcessing", "single": [
                     {"SpecialToken": {"id": "<|begin_of_text|>"}}, {"Sequence": {"id": "A"}}]}},
-                 [export_weights.LLAMA3_SPLIT])):
+                 [LLAMA3_SPLIT])):
             self.write()
             self.rewrite("tokenizer.json", changes)
             self.assertEqual(meta(self.accept()[0], "tokenizer")["split"], split)
@@ -614,7 +620,7 @@ class HostileFolders(Case):
         for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"):
             self.write()
             with open(self.checkpoint / name, "ab") as file:
-                file.truncate(export_weights.JSON_LIMIT + 1)
+                file.truncate(files.JSON_LIMIT + 1)
             self.refuse(f"{name}: larger than")
             (self.checkpoint / name).unlink()
         self.write()
@@ -725,7 +731,7 @@ class NoHalfWrittenFile(Case):
             left = [line]
 
             def trace(frame, event, _):
-                if frame.f_code.co_filename == export_weights.__file__ and event == "line":
+                if frame.f_code.co_filename in (export_weights.__file__, files.__file__) and event == "line":
                     left[0] -= 1
                     if left[0] == 0:
                         sys.settrace(None)
@@ -761,7 +767,7 @@ class NoHalfWrittenFile(Case):
         self.write()
         spec = dict(SMALL, intermediate_size=1 << 20)  # 600 MB of zeros, which take no room on a disk
         self.rewrite("config.json", {"intermediate_size": 1 << 20})
-        shapes, _ = export_weights.expected_tensors(export_weights.check_config(random_models.base_config(spec), {}, ""))
+        shapes, _ = expected_tensors(check_config(random_models.base_config(spec), {}, ""))
         header, end = {}, 0
         for name, shape in shapes.items():
             begin, end = end, end + 4 * int(np.prod(shape))
@@ -838,8 +844,8 @@ class ChatTemplates(Case):
 
     def recognised(self, template, special=("<|im_start|>", "<|im_end|>", *random_models.SPECIAL),
                    bos="<|begin_of_text|>"):
-        tokenizer = export_weights.Tokenizer({}, [], dict(enumerate(special)), [], False, template, bos, None)
-        return export_weights.recognise_chat(tokenizer)
+        tokenizer = Tokenizer({}, [], dict(enumerate(special)), [], False, template, bos, None)
+        return recognise_chat(tokenizer)
 
     def test_known(self):
         self.assertEqual(self.recognised(random_models.LLAMA3_TEMPLATE)["template"], "llama-3")
@@ -875,12 +881,12 @@ class ChatTemplates(Case):
         """Templates that run for ever, take all memory or say too much are unknown ones."""
         loop = "{% for i in range(99999) %}"
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
-        with mock.patch.multiple(export_weights, TEMPLATE_SECONDS=1, TEMPLATE_MEMORY=128 << 20):
+        with mock.patch.multiple("checkpoint.chat", TEMPLATE_SECONDS=1, TEMPLATE_MEMORY=128 << 20):
             for template in (8 * loop + 8 * "{% endfor %}", "{{ 9 ** 9 ** 9 }}", "{{ 'a' * 10 ** 12 }}",
                              "{% set ns = namespace(s='a') %}" + loop + "{% set ns.s = ns.s + ns.s %}{% endfor %}",
                              loop + 999 * "x" + "{% endfor %}", "{{ " + 10000 * "(" + "1" + 10000 * ")" + " }}",
                              1000 * "{% if 1 %}" + 1000 * "{% endif %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-                             "x" * (export_weights.TEMPLATE_LIMIT + 1),
+                             "x" * (TEMPLATE_LIMIT + 1),
                              self.CHATML.replace("Help.", 16385 * "x")):
                 with self.subTest(template=template[:50]):
                     self.assertIsNone(self.recognised(template))
@@ -907,7 +913,7 @@ class ChatTemplates(Case):
 
 @unittest.skipUnless(gguf, "the gguf package is not installed")
 class Gguf(Case):
-    NAMES = {ours: theirs for theirs, ours in {**export_weights.GGUF_LAYER, **export_weights.GGUF_OTHER}.items()}
+    NAMES = {ours: theirs for theirs, ours in {**gguf_file.GGUF_LAYER, **gguf_file.GGUF_OTHER}.items()}
 
     def write_gguf(self, metadata=None, tensors=None, kind=None, pre="llama-bpe", seed=5, extra=None):
         """The GGUF file that llama.cpp's converter would make of the checkpoint `write` makes."""
@@ -992,7 +998,7 @@ class Gguf(Case):
         self.assertTrue(meta(self.accept()[0], "config")["tie_word_embeddings"])
 
     def test_split_patterns(self):
-        for pre, (split, ignore_merges) in export_weights.GGUF_SPLIT.items():
+        for pre, (split, ignore_merges) in gguf_file.GGUF_SPLIT.items():
             self.write_gguf(pre=pre)
             self.assertEqual({"split": split, "ignore_merges": ignore_merges},
                              {k: v for k, v in meta(self.accept()[0], "tokenizer").items() if k != "special"})
@@ -1021,7 +1027,7 @@ class Gguf(Case):
         tokens and merges."""
         found = []
 
-        class Recorder(export_weights.Gguf):
+        class Recorder(gguf_file.Gguf):
             def take(self, format):
                 found.append((self.at, format))
                 return super().take(format)
@@ -1112,7 +1118,7 @@ class Gguf(Case):
         self.write_gguf({"llama.embedding_length": 36, "llama.feed_forward_length": 64}, tensors,
                         gguf.GGMLQuantizationType.Q8_0)
         whole = self.checkpoint.read_bytes()
-        begin = export_weights.Gguf(self.checkpoint, gguf).tensors["blk.1.ffn_down.weight"][2]
+        begin = gguf_file.Gguf(self.checkpoint, gguf).tensors["blk.1.ffn_down.weight"][2]
         self.checkpoint.write_bytes(whole[:begin] + b"\xff\xff" + whole[begin + 2:])  # its first scale
         self.refuse("model.layers.1.mlp.down_proj.weight: holds NaN")
 

@@ -14,6 +14,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import export_weights  # noqa: E402
+from checkpoint.config import check_config, expected_tensors  # noqa: E402
+from checkpoint.tokenizer import LLAMA3_SPLIT, byte_letters  # noqa: E402
 
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content.strip() }}"
@@ -73,8 +75,8 @@ def to_bf16(x):
 def random_tensors(config, seed, original_projections=True):
     """name -> float32 array (exact in bf16) for every weight of the config."""
     rng = np.random.default_rng(seed)
-    exported = export_weights.check_config(config, {}, "random")
-    shapes, originals = export_weights.expected_tensors(exported)
+    exported = check_config(config, {}, "random")
+    shapes, originals = expected_tensors(exported)
     gain = {"q_proj": 1.25, "k_proj": 1.25, "o_proj": 1.5, "gate_proj": 1.5, "down_proj": 1.5}
     tensors = {}
     for name, shape in shapes.items():
@@ -110,14 +112,13 @@ def write_safetensors(path, tensors, dtype="F32"):
 
 def tokenizer_json():
     """A byte-level BPE tokenizer with Llama-3's split pattern and special tokens."""
-    letters = sorted(export_weights.byte_letters().items(), key=lambda item: item[1])
+    letters = sorted(byte_letters().items(), key=lambda item: item[1])
     vocab = {letter: i for i, (letter, _) in enumerate(letters)}
     for merge in MERGES:
         vocab[merge.replace(" ", "")] = len(vocab)
     added = [{"id": BOS + i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True} for i, text in enumerate(SPECIAL)]
-    split = {"type": "Split", "pattern": {"Regex": export_weights.LLAMA3_SPLIT}, "behavior": "Isolated",
-             "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},

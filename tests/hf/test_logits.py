@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 import random_models
 import reference
-from random_models import ROOT, export_weights
+from random_models import ROOT, expected_tensors, export_weights
 
 TOLERANCE = 2e-5
 UNSTABLE = 5  # times Hugging Face's own distance from float64
@@ -238,7 +238,7 @@ def write_swiftkv(loaded, path, k, group):
         for name in ("tokenizer.offsets", "tokenizer.merges"):
             x = words.get_tensor(name)
             entries.append((name, "U32", x.shape, [x]))
-        for name in export_weights.expected_tensors(config)[0]:
+        for name in expected_tensors(config)[0]:
             source = name.replace("_swiftkv", "").replace("model.norm", f"model.layers.{k}.input_layernorm") \
                 if "swiftkv" in name else name
             x = weights.get_tensor(source).float().numpy()

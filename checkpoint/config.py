@@ -1,0 +1,160 @@
+"""The config the engine gets, and the weights that belong to it, from Hugging Face's config.json.
+
+Nothing in config.json is trusted. The limits are the engine's (model.h): no file is written that it would refuse.
+"""
+from .failure import Failure, unsupported
+
+MOST_TOKENS = 1 << 24
+
+
+def number(config, key, default=None, low=1e-6, high=1e6):
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise Failure(f"config: {key} is {value!r}, expected a number from {low:g} to {high:g}; repair the config")
+    return value
+
+
+def integer(config, key, default=None, high=1 << 30):
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not int or not 1 <= value <= high:
+        raise Failure(f"config: {key} is {value!r}, expected an integer from 1 to {high}; repair the config")
+    return value
+
+
+def token_ids(config, key, vocab_size, default=None):
+    """A token id, a list of them, or null, as a list."""
+    value = config.get(key, default)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise Failure(f"config: {key} holds {i!r}, expected ids below {vocab_size}; repair the config")
+    return ids
+
+
+def check_rope(config):
+    """(theta, llama3 scaling or None) from either spelling: rope_theta beside rope_scaling, or rope_parameters."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise Failure(f"config: rope_scaling is {rope!r}, expected an object; repair the config")
+    theta = number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0, 1, 1e12)
+    if number({**config, **rope}, "partial_rotary_factor", 1) != 1 or config.get("rope_interleaved"):
+        raise unsupported("partial or interleaved RoPE")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise unsupported(f"RoPE scaling of type {kind!r}")
+    scaling = {key: number(rope, key, low=1 if key == "factor" else 1e-6)
+               for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    if not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise Failure("config: rope scaling: low_freq_factor is not below high_freq_factor; repair the config")
+    key = "original_max_position_embeddings"  # Hugging Face looks beside, then inside, then falls back to the context
+    scaling[key] = integer({**rope, **{k: v for k, v in config.items() if k == key and v is not None}}, key,
+                           config.get("max_position_embeddings", 2048))
+    return theta, scaling
+
+
+def check_adapted(config, layers):
+    out = []
+    for entry in config.get("speed_adapted", []):
+        if not isinstance(entry, dict) or set(entry) - {"policy", "k", "bos"} or \
+                entry.get("policy") not in ("full", "speed", "pop", "swiftkv", "share"):
+            raise Failure(f"config: speed_adapted: {entry!r} is no policy with k and bos; repair the config")
+        if entry.get("k") is not None and (type(entry["k"]) is not int or not 1 <= entry["k"] <= layers):
+            raise Failure(f"config: speed_adapted: k is {entry['k']!r}, expected 1 to {layers}; repair the config")
+        out.append({"policy": entry["policy"], "k": entry.get("k"), "bos": bool(entry.get("bos", True))})
+    return out
+
+
+def check_config(config, generation, name):
+    """The exported config, every key present, from Hugging Face's config.json; missing keys take its defaults
+    (transformers' LlamaConfig). What the engine lacks is refused by name."""
+    if config.get("model_type", "llama") not in ("llama", "llama_swiftkv"):
+        raise unsupported(f"the architecture {config['model_type']!r}")
+    for architecture in config.get("architectures") or []:
+        if architecture not in ("LlamaForCausalLM", "LlamaSwiftKVForCausalLM"):
+            raise unsupported(f"the architecture {architecture!r}")
+    for feature in ("attention_bias", "mlp_bias", "quantization_config", "sliding_window", "use_sliding_window"):
+        if config.get(feature):
+            raise unsupported(feature)
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise unsupported(f"the activation {config['hidden_act']!r}")
+
+    layers = integer(config, "num_hidden_layers", 32, high=4096)
+    hidden = integer(config, "hidden_size", 4096, high=1 << 17)
+    heads = integer(config, "num_attention_heads", 32, high=4096)
+    vocab = integer(config, "vocab_size", 32000, high=MOST_TOKENS)
+    kv_heads = integer(config, "num_key_value_heads", heads, high=4096)
+    if heads % kv_heads:
+        raise Failure(f"config: {heads} attention heads do not divide among {kv_heads} key heads; repair the config")
+    if config.get("head_dim") is None and hidden % heads:
+        raise Failure(f"config: hidden_size {hidden} is no multiple of {heads} heads; repair the config")
+    head_dim = integer(config, "head_dim", hidden // heads, high=1024)
+    if head_dim % 2:
+        raise Failure(f"config: head_dim is {head_dim}, RoPE needs an even number; repair the config")
+    theta, scaling = check_rope(config)
+    bos = token_ids(config, "bos_token_id", vocab, 1)
+    if len(bos) > 1:
+        raise unsupported("several BoS ids")
+    eos = token_ids(config, "eos_token_id", vocab, 2)
+    eos += token_ids(generation, "eos_token_id", vocab)
+    adapted = check_adapted(config, layers)
+    swiftkv = None
+    k = integer(config, "num_key_value_layers", layers, high=layers)
+    if k < layers:
+        group = integer(config, "key_value_group_size", 1, high=layers)
+        swiftkv = {"num_key_value_layers": k, "key_value_group_size": group, "original_projections": True}
+        adapted.append({"policy": "swiftkv", "k": k, "bos": True})
+    return {
+        "name": name, "vocab_size": vocab, "hidden_size": hidden,
+        "intermediate_size": integer(config, "intermediate_size", 11008, high=1 << 20), "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "rms_norm_eps": number(config, "rms_norm_eps", 1e-6, 1e-30, 1),
+        "max_position_embeddings": integer(config, "max_position_embeddings", 2048),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "rope_theta": theta, "rope_scaling": scaling, "bos_token_id": bos[0] if bos else None,
+        "eos_token_id": list(dict.fromkeys(eos)), "swiftkv": swiftkv, "adapted": adapted,
+    }
+
+
+def tokenizer_config(config, generation, tokenizer, name):
+    """The few config keys of a file without weights; ids from the config if there is one, else by the tokens' texts."""
+    ids = {text: i for i, text in tokenizer.special.items()}
+    config = {"bos_token_id": ids.get(tokenizer.bos), "eos_token_id": ids.get(tokenizer.eos), **config}
+    vocab = integer(config, "vocab_size", tokenizer.size(), high=MOST_TOKENS)
+    bos, eos = (token_ids(config, key, vocab) for key in ("bos_token_id", "eos_token_id"))
+    eos += token_ids(generation, "eos_token_id", vocab)
+    return {"name": name, "vocab_size": vocab, "bos_token_id": bos[0] if bos else None,
+            "eos_token_id": list(dict.fromkeys(eos)), "tokenizer_only": True}
+
+
+def expected_tensors(config):
+    """name -> shape of every weight, in the order of the forward pass. Sets of names that may be absent altogether come
+    second: the ordinary projections above K of a SwiftKV model."""
+    d, f = config["hidden_size"], config["intermediate_size"]
+    q = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    swiftkv = config["swiftkv"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], d)}
+    originals = []
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        above = i - swiftkv["num_key_value_layers"] if swiftkv else -1
+        if above == 0:
+            shapes["model.norm_swiftkv.weight"] = (d,)
+        shapes[layer + "input_layernorm.weight"] = (d,)
+        for p, rows in (("q", q), ("k", kv), ("v", kv)):
+            shapes[layer + f"self_attn.{p}_proj.weight"] = (rows, d)
+            if above >= 0:
+                originals.append(layer + f"self_attn.{p}_proj.weight")
+                if p == "q" or above % swiftkv["key_value_group_size"] == 0:
+                    shapes[layer + f"self_attn.{p}_proj_swiftkv.weight"] = (rows, d)
+        shapes[layer + "self_attn.o_proj.weight"] = (d, q)
+        shapes[layer + "post_attention_layernorm.weight"] = (d,)
+        shapes[layer + "mlp.gate_proj.weight"] = (f, d)
+        shapes[layer + "mlp.up_proj.weight"] = (f, d)
+        shapes[layer + "mlp.down_proj.weight"] = (d, f)
+    shapes["model.norm.weight"] = (d,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], d)
+    return shapes, originals

@@ -1,0 +1,185 @@
+"""A byte-level BPE tokenizer from tokenizer.json, as the engine's tensors and rules.
+
+tokenizer.json is not trusted: what would change token ids is refused by name, and so are tokens and merges that do not
+fit together.
+"""
+import json
+
+import numpy as np
+
+from .chat import read_template
+from .failure import Failure, unsupported
+from .files import is_naturals, read_json
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Hugging Face's Digits goes by Rust's char::is_numeric, which knows 13 code points more than \p{N} of its regex engine.
+DIGIT = r"[\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]"
+
+
+def byte_letters():
+    """Byte-level BPE writes each byte as one printable letter (GPT-2's bytes_to_unicode): letter -> byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+def component_name(component):
+    return repr(component.get("type", "?") if isinstance(component, dict) else component)
+
+
+def sequence(component, key):
+    """A tokenizer component as a list: a Sequence is opened, null is empty."""
+    if component is None:
+        return []
+    if isinstance(component, dict) and component.get("type") == "Sequence":
+        return [leaf for part in component.get(key) or [] for leaf in sequence(part, key)]
+    return [component]
+
+
+def split_patterns(pre_tokenizer):
+    """The regular expressions, in order, of a pre-tokenizer that ends in ByteLevel."""
+    def refuse(part):
+        return unsupported(f"the pre-tokenizer {component_name(part)} ({json.dumps(part)[:200]})", "tokenizer.json")
+
+    parts = sequence(pre_tokenizer, "pretokenizers")
+    patterns = []
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "Split":
+            regex = part["pattern"].get("Regex") if isinstance(part.get("pattern"), dict) else None
+            if not isinstance(regex, str) or part.get("behavior") != "Isolated" or part.get("invert"):
+                raise refuse(part)
+            patterns.append(regex)
+        elif kind == "Digits":
+            patterns.append(DIGIT if part.get("individual_digits") else DIGIT + "+")
+        elif kind == "ByteLevel":
+            if part.get("add_prefix_space") or i != len(parts) - 1:
+                raise refuse(part)
+            if part.get("use_regex", True):
+                patterns.append(GPT2_SPLIT)
+            if len(patterns) > 16 or any(not 0 < len(p.encode()) <= 4096 for p in patterns):
+                raise unsupported("more than 16 split patterns, or one longer than 4096 bytes", "tokenizer.json")
+            return patterns
+        else:
+            raise refuse(part)
+    raise unsupported("a pre-tokenizer without ByteLevel at its end", "tokenizer.json")
+
+
+class Tokenizer:
+    """Byte-level BPE. vocab: token as byte letters -> id. merges: pairs of tokens, by rank. special: id -> text, the
+    tokens that are matched in text before BPE. bos, eos: a token's text or None, for the chat template."""
+
+    def __init__(self, vocab, merges, special, split, ignore_merges, template, bos, eos):
+        self.vocab, self.merges, self.special, self.split = vocab, merges, special, split
+        self.ignore_merges, self.template, self.bos, self.eos = ignore_merges, template, bos, eos
+
+    def size(self):
+        return 1 + max([*self.vocab.values(), *self.special], default=-1)
+
+    def tensors(self, vocab_size):
+        """The tensors tokenizer.bytes, tokenizer.offsets and tokenizer.merges."""
+        if self.size() > vocab_size:
+            raise Failure(f"tokenizer: has {self.size()} tokens, vocab_size is {vocab_size}; use the checkpoint's own")
+        letters = byte_letters()
+        spelling = [b""] * vocab_size
+        for token, i in self.vocab.items():
+            try:
+                spelling[i] = bytes(letters[c] for c in token)
+            except KeyError:  # not reachable by BPE; Hugging Face decodes such a token to its own text
+                spelling[i] = token.encode()
+        ordinary = [spelling[i] for i in self.vocab.values() if i not in self.special and spelling[i]]
+        if len(set(ordinary)) != len(ordinary):
+            raise Failure("tokenizer: two tokens have the same bytes; get the file again")
+        for i, text in self.special.items():
+            spelling[i] = text.encode()
+            if len(spelling[i]) > 1024:
+                raise Failure(f"tokenizer: the added token {i} is longer than 1024 bytes; get the file again")
+        merges = np.empty((len(self.merges), 3), np.uint32)
+        for rank, (left, right) in enumerate(self.merges):
+            what = f"tokenizer: merge {rank} ({left!r}, {right!r})"
+            try:
+                merges[rank] = a, b, ab = self.vocab[left], self.vocab[right], self.vocab[left + right]
+            except KeyError as error:
+                raise Failure(f"{what}: {error} is no token; get the file again") from None
+            if not spelling[a] or not spelling[b] or spelling[ab] != spelling[a] + spelling[b]:
+                raise Failure(f"{what}: does not join the bytes of two tokens; get the file again")
+            if self.special.keys() & {a, b, ab}:
+                raise Failure(f"{what}: holds an added token; get the file again")
+        if len(set(self.merges)) != len(self.merges):
+            raise Failure("tokenizer: a merge appears twice; get the file again")
+        offsets = np.cumsum([0, *map(len, spelling)])
+        if offsets[-1] >= 1 << 32:
+            raise Failure("tokenizer: more than 4 GiB of tokens; get the file again")
+        return {"tokenizer.offsets": offsets.astype(np.uint32), "tokenizer.merges": merges,
+                "tokenizer.bytes": np.frombuffer(b"".join(spelling), np.uint8)}
+
+    def metadata(self):
+        return {"split": self.split, "ignore_merges": self.ignore_merges,
+                "special": [[i, text] for i, text in sorted(self.special.items())]}
+
+
+def added_tokens(data, settings):
+    """id -> text of the added tokens, special or not (Hugging Face matches both in text), of tokenizer.json and
+    tokenizer_config.json together."""
+    more = settings.get("added_tokens_decoder") or {}
+    added, ids, normalized = {}, {}, 0
+    for token in [*(data.get("added_tokens") or []), *({**t, "id": int(i)} for i, t in more.items())]:
+        text, i = token["content"], token["id"]
+        if not isinstance(text, str) or not text or not is_naturals([i]):
+            raise Failure(f"tokenizer: added token {token!r} has no content or no id; get the files again")
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                raise unsupported(f"{flag} on the added token {text!r}", "tokenizer")
+        if added.get(i, text) != text or ids.get(text, i) != i:
+            raise Failure(f"tokenizer: added token {text!r} clashes with another one at id {i}; get the files again")
+        if token.get("normalized"):
+            normalized += 1
+            if normalized > 1000:  # each is held against all others
+                raise unsupported("normalized on more than 1000 added tokens", "tokenizer")
+            if any(text in t or t in text for j, t in added.items() if j != i):
+                raise unsupported(f"normalized on the added token {text!r}, which overlaps another,", "tokenizer")
+        added[i], ids[text] = text, i
+    return added
+
+
+def read_tokenizer(folder):
+    """A Tokenizer from tokenizer.json and tokenizer_config.json; whatever would change ids is refused by name."""
+    path = folder / "tokenizer.json"
+    data, settings = read_json(path), read_json(folder / "tokenizer_config.json", required=False)
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise unsupported(f"a tokenizer of type {component_name(model)}", path)
+    for feature in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(feature):
+            raise unsupported(f"the BPE option {feature}", path)
+    for normalizer in sequence(data.get("normalizer"), "normalizers"):
+        raise unsupported(f"the normalizer {component_name(normalizer)}", path)
+    for decoder in sequence(data.get("decoder"), "decoders"):
+        if decoder.get("type") != "ByteLevel":
+            raise unsupported(f"the decoder {component_name(decoder)}", path)
+    for processor in sequence(data.get("post_processor"), "processors"):
+        kind = component_name(processor)
+        # BoS in front is the engine's own rule; anything else that is put around the text is not
+        pieces = [next(iter(p)) for p in processor["single"]] if kind == "'TemplateProcessing'" else None
+        if kind != "'ByteLevel'" and pieces not in (["SpecialToken", "Sequence"], ["Sequence"]):
+            raise unsupported(f"the post-processor {kind} (only one BoS in front is possible)", path)
+    vocab = model["vocab"]
+    if not is_naturals(list(vocab.values())) or len(set(vocab.values())) != len(vocab):
+        raise Failure(f"{path}: vocab: an id is no number or two tokens share it; get the file again")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    for rank, merge in enumerate(merges):
+        if len(merge) != 2:
+            raise Failure(f"{path}: merge {rank} is not a pair of tokens; get the file again")
+    special = added_tokens(data, settings)
+    at = {i: token for token, i in vocab.items()}
+    for i, text in special.items():
+        if vocab.get(text, i) != i or at.get(i, text) != text:
+            raise Failure(f"{path}: added token {text!r} and token {i} of the vocabulary clash; get the file again")
+    if model.get("unk_token") is not None and not set(byte_letters()) <= set(vocab):
+        raise unsupported("an unk_token for bytes that have no token", path)
+    # either a string or an added token written out
+    bos, eos = (t.get("content") if isinstance(t, dict) else t for t in map(settings.get, ("bos_token", "eos_token")))
+    return Tokenizer(vocab, merges, special, split_patterns(data.get("pre_tokenizer")),
+                     bool(model.get("ignore_merges")), read_template(folder, settings), bos, eos)
