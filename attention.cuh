@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(prefill_threads)
   Tile<E>::template copy<tile, threads>(k_tile, k, E, slots);
   copy_async_commit();
 
-  // A warp's rows are two times 16. Of these a thread has rows lane/4 and lane/4 + 8, index [i][half] below, and of each
-  // the columns 8 j + lane%4 * 2 and the next, as the tensor cores lay a result out (see device.cuh).
+  // A warp's rows are two times 16. Of these a thread has rows lane/4 and lane/4 + 8, index [i][half] below, and of
+  // each the columns 8 j + lane%4 * 2 and the next, as the tensor cores lay a result out (see device.cuh).
   float out[2][E / 8][4] = {}, most[2][2], sum[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) most[i][0] = most[i][1] = lowest, sum[i][0] = sum[i][1] = 0;
@@ -190,7 +190,8 @@ constexpr size_t decode_shared_bytes = decode_threads / warp_size* decode_heads*
 // join_parts puts them together. All query heads of a group share each load of keys and values: their scores are one
 // product of the tensor cores, queries times keys. A product's inner index may be counted in any order, so a lane's
 // 16-byte loads are its operands as they come: of the keys, and of the queries the same way; of the values, two slots'
-// words give two operands by exchanging halves. Slots past the last are not read. Moves the slots once: 4 g E bytes each.
+// words give two operands by exchanging halves. Slots past the last are not read. Moves the slots once: 4 g E bytes
+// each.
 template <int E>
 __global__ void __launch_bounds__(decode_threads)
     decode_attention(float* parts, const bf16* q, const bf16* k, const bf16* v, size_t capacity, const uint32_t* begin,

@@ -190,9 +190,9 @@ struct Cpu {
   void check(const Shape&) const {}  // any shape will do
   uint64_t bytes_to_load(const Model&) const { return 0; }
   const Weights& load(const Model& model) { return model.weights; }
-  // Where address space is limited, the threads' share of it is not for caches: stacks and glibc's arenas, without which
-  // OpenMP ends the program with words of its own, and 128 MiB each at OpenBLAS's first product, which it tries to get
-  // for ever (its memory.c, 0.3.21).
+  // Where address space is limited, the threads' share of it is not for caches: stacks and glibc's arenas, without
+  // which OpenMP ends the program with words of its own, and 128 MiB each at OpenBLAS's first product, which it tries
+  // to get for ever (its memory.c, 0.3.21).
   uint64_t available_memory() const {
     const uint64_t threads = uint64_t(omp_get_max_threads()) * (320 << 20), left = address_space_left();
     return std::min(speed::available_memory(), left > threads ? left - threads : 0);
@@ -398,8 +398,8 @@ struct Cpu {
     for (size_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(uint32_t(x[i].bits) << 16);
   }
 
-  // Asking for what lies some lines ahead reads up to two thirds faster: the processor's own prefetcher stops at the end
-  // of each 4 KiB page. (Asking beyond the end of the file does nothing.)
+  // Asking for what lies some lines ahead reads up to two thirds faster: the processor's own prefetcher stops at the
+  // end of each 4 KiB page. (Asking beyond the end of the file does nothing.)
   static float dot(const bf16* w, const float* x, size_t n) {
     constexpr size_t ahead = 2048, line = 64;  // bytes
     for (size_t i = 0; i < n * sizeof(bf16); i += line)

@@ -156,7 +156,7 @@ class Engine {
     return tokens.size() - prompt;
   }
 
-  // Tells the backend what differs from call to call: tokens, their positions, and the slots that each cache has in use.
+  // Tells the backend what differs from call to call: tokens, their positions, and the slots each cache has in use.
   void place(std::span<const int> tokens) {
     const size_t n = tokens.size(), L = s_.n_layers;
     host_place_.resize(L + 2 * n);

@@ -143,9 +143,9 @@ class Gpu {
 
   // ---- one generated token ----
 
-  // Its work, asked for by `work`, which must ask for the same each time and wait for nothing. The first time it runs as
-  // it comes, which loads the kernels; the second time it is recorded; from then on the record runs, and `work` is only
-  // called so that it counts what it does.
+  // Its work, asked for by `work`, which must ask for the same each time and wait for nothing. The first time it runs
+  // as it comes, which loads the kernels; the second time it is recorded; from then on the record runs, and `work` is
+  // only called so that it counts what it does.
   struct Step {
     bool begun = false;
     Graph graph;

@@ -143,8 +143,8 @@ inline Quality summarize(const std::vector<TokenScore>& scores) {
   return q;
 }
 
-// What the policy does for the prompts of all pieces, up to the first answer token, and what its caches then hold at the
-// end of each, answer included.
+// What the policy does for the prompts of all pieces, up to the first answer token, and what its caches then hold at
+// the end of each, answer included.
 struct Work {
   uint64_t prefill_flops = 0, kv_bytes = 0;
 };

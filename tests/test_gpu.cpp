@@ -10,9 +10,9 @@
 //   - speed.
 //
 // Tolerances. u = 2^-8 bounds the relative error of rounding to bf16, e = 2^-24 that of rounding to fp32; a sum of n
-// terms in fp32, in whatever order, is wrong by at most n e times the sum of their magnitudes. Each test forms the bound
-// for every single value from these two, and an error is given as a share of its bound: below 1 is right. Inputs are
-// bf16 to begin with, so the definition starts from the same numbers.
+// terms in fp32, in whatever order, is wrong by at most n e times the sum of their magnitudes. Each test forms the
+// bound for every single value from these two, and an error is given as a share of its bound: below 1 is right. Inputs
+// are bf16 to begin with, so the definition starts from the same numbers.
 #include "gpu.cuh"
 #include "on_device.h"
 
@@ -312,9 +312,10 @@ struct AttentionCase {
 
 // One case of attention at head_dim E, by the prefill kernel or by decode_attention and join_parts with `slices`.
 //
-// Weights are rounded to bf16 before they meet the values, so each term p v is wrong by at most u |p v|, and the result,
-// rounded once more, by u |o|. Scores are sums of E products in fp32, wrong by at most E e |q| |k| / sqrt(E), where here
-// |q| |k| < 4 E, and so make p wrong twice, by itself and by the sum of all; the sums over slots add slots e each.
+// Weights are rounded to bf16 before they meet the values, so each term p v is wrong by at most u |p v|, and the
+// result, rounded once more, by u |o|. Scores are sums of E products in fp32, wrong by at most E e |q| |k| / sqrt(E),
+// where here |q| |k| < 4 E, and so make p wrong twice, by itself and by the sum of all; the sums over slots add slots e
+// each.
 template <int E>
 void attention_case(const AttentionCase& c, int slices) {
   Random random(fresh(c.n * 1000 + c.seen + E));
@@ -484,8 +485,8 @@ std::vector<float> logits_on(B& backend, const Model& m, const Policy& p, std::s
 }
 
 // Cpu with a random relative error, uniform up to u, wherever Gpu rounds many rows to bf16. Rounding is wrong by u at
-// most and by less for most values, so this errs more than Gpu may. Rounding softmax's weights is an error of the values
-// they weigh.
+// most and by less for most values, so this errs more than Gpu may. Rounding softmax's weights is an error of the
+// values they weigh.
 struct Rough : Cpu {
   std::minstd_rand random;
   explicit Rough(uint64_t seed) : random(uint32_t(seed)) {}
