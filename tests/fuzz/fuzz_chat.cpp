@@ -32,6 +32,7 @@ void compare(const std::vector<int>& ids, const std::vector<int>& expected, cons
     shown += model().tokenizer->decode(id);
   }
   require(specials == expected, "special tokens are those of the marks");
+  require(!ids.empty() && is_special(ids[0]), "a turn begins with a token of its own, whatever stands before it");
   if (whole) require(shown == text, "nothing is lost, added or moved");
 }
 
