@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is
 # heads of 64; and two layers of Llama-3.1-8B's own shape.
 HEAD128 = dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=128,
                intermediate_size=1024, vocab_size=1024, rope_theta=500000.0, max_position_embeddings=4096)
-SWIFTKV = dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
+SWIFTKV = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
                intermediate_size=512, vocab_size=512, rope_theta=500000.0, max_position_embeddings=4096,
                num_key_value_layers=3, key_value_group_size=2)
 LLAMA = dict(hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
@@ -328,6 +329,9 @@ def main():
                 report["result"] = f"skipped: {why}"
             except Failed as why:
                 report["result"] = f"FAILED: {why}"
+            except Exception as error:  # the other steps still run
+                traceback.print_exc()
+                report["result"] = f"FAILED: {type(error).__name__}: {error}"
             report["seconds"] = round(time.time() - start, 1)
             record["steps"][name] = report
             print(f"gpu-check: {name}: {report['result']} ({report['seconds']:.0f} s)", flush=True)

@@ -66,7 +66,7 @@ def hooks():
 
 
 def logits(loaded, tokens, split, policy="full", k=None, bos=True, keep=None):
-    """float32 [N - split, vocab]: the logits that follow each decode-phase token.
+    """[N - split, vocab], float64 of a model in float64, else float32: the logits that follow each decode-phase token.
 
     loaded: from `load`. tokens: N ids. split: tokens [0, split) are the prompt. policy: full; speed (k, bos: do upper
     layers see token 0); pop (k); swiftkv (k: the model's own, or L); share (keep: the layers that keep a cache)."""
@@ -85,7 +85,8 @@ def logits(loaded, tokens, split, policy="full", k=None, bos=True, keep=None):
         elif policy == "share":
             replace_by_kept_layers(handles, layers, keep)
         out = model(torch.tensor([tokens]), use_cache=False, logits_to_keep=n - split)
-        return out.logits[0].float().cpu().numpy()
+        x = out.logits[0].cpu()
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def mask_prompt(handles, upper, n, split, bos):
