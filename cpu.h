@@ -241,15 +241,8 @@ struct Cpu {
   // small enough for its cache, and hands it to OpenBLAS; there is never a second copy of a whole matrix.
   void matmul(float* y, const float* x, const bf16* w, size_t n, size_t in, size_t out, bool add = false) {
     if (n == 0) return;
-    counters.flops += 2 * n * in * out;
-    counters.weight_bytes += in * out * sizeof(bf16);
-    if (n == 1) {
-      // In pieces of 128 KiB, to whoever is free: two processors rarely get an equal share of the memory's bandwidth.
-      const int rows = int(std::max<size_t>(1, (64 << 10) / in));
-#pragma omp parallel for schedule(dynamic, rows) if (in * out > worth_threads)
-      for (size_t o = 0; o < out; ++o) y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0);
-      return;
-    }
+    count_product(n, in, out);
+    if (n == 1) return each_row(out, in, [&](size_t o) { y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0); });
     // An even number of panels of about 256 rows: two threads then end together, and a product is still large enough.
     const size_t panels = 2 * ((out + 511) / 512), panel = (out + panels - 1) / panels;
     wide_.resize(omp_get_max_threads());
@@ -275,14 +268,30 @@ struct Cpu {
   // Keys rope(a wk^T) and values a wv^T, appended to a cache; k, v [n, n_kv_heads, head_dim] are room for them.
   void keys_values(LayerCache<float>& cache, float* k, float* v, const float* a, const bf16* wk, const bf16* wv,
                    const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
-    matmul(k, a, wk, n, d, n_kv_heads * head_dim);
-    matmul(v, a, wv, n, d, n_kv_heads * head_dim);
+    const size_t width = n_kv_heads * head_dim;
+    if (n == 1) {  // in one loop, for each has little to do
+      count_product(1, d, 2 * width);
+      each_row(2 * width, d, [&](size_t o) {
+        if (o < width) k[o] = dot(wk + o * d, a, d);
+        else v[o - width] = dot(wv + (o - width) * d, a, d);
+      });
+    } else {
+      matmul(k, a, wk, n, d, width);
+      matmul(v, a, wv, n, d, width);
+    }
     rope(k, cos, sin, n, n_kv_heads, head_dim);
     append(cache, k, v, n, n_kv_heads, head_dim);
   }
 
   // gate = silu(a wg^T) * (a wu^T)          a [n, d]; wg, wu [f, d]; gate, up [n, f], up is room
   void gated(float* gate, float* up, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
+    if (n == 1) {
+      count_product(1, d, 2 * f);
+      return each_row(f, 2 * d, [&](size_t o) {
+        const float g = dot(wg + o * d, a, d);
+        gate[o] = g / (1 + exp(-g)) * dot(wu + o * d, a, d);
+      });
+    }
     matmul(gate, a, wg, n, d, f);
     matmul(up, a, wu, n, d, f);
     swiglu(gate, up, n * f);
@@ -393,6 +402,19 @@ struct Cpu {
   std::vector<Buffer<float>> wide_;  // [threads], a panel of weights in fp32
   std::vector<float> parts_;         // of one row's attention
 
+  void count_product(size_t n, size_t in, size_t out) {
+    counters.flops += 2 * n * in * out;
+    counters.weight_bytes += in * out * sizeof(bf16);
+  }
+
+  // work(o) for all o < rows, each of `terms` multiply-adds. Threads take runs of rows, shorter and shorter: long ones
+  // are read fastest, and two processors rarely get an equal share of the memory's bandwidth.
+  template <class Work>
+  static void each_row(size_t rows, size_t terms, Work work) {
+#pragma omp parallel for schedule(guided, 8) if (rows * terms > worth_threads)
+    for (size_t o = 0; o < rows; ++o) work(o);
+  }
+
   static void widen(float* y, const bf16* x, size_t n) {
 #pragma omp simd
     for (size_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(uint32_t(x[i].bits) << 16);
@@ -426,7 +448,8 @@ struct Cpu {
                      first = (g * cache.capacity + s0) * head_dim;
         for (size_t h = g * group; h < (g + 1) * group; ++h) {
           float score[slot_block], *out = parts_.data() + (h * blocks + b) * part;
-          scores(score, q + h * head_dim, cache.k + first, slots, head_dim, scale);
+          scores(score, q + h * head_dim, cache.k + first, h % group == 0 ? cache.v + first : nullptr, slots, head_dim,
+                 scale);
           std::fill_n(out, part, 0.0f);
           out[head_dim + 1] = -INFINITY;
           softmax_step(score, slots, slots, out[head_dim + 1], out[head_dim], out, head_dim);
@@ -447,21 +470,27 @@ struct Cpu {
     }
   }
 
-  // score [slots] = scale * k q          k [slots, head_dim]; q [head_dim]
-  static void scores(float* score, const float* q, const float* k, size_t slots, size_t head_dim, float scale) {
-    // Sixteen sums at once, folded at the end: head_dim is too short for the compiler's own fold to be cheap.
-    constexpr size_t width = 16;
+  // score [slots] = scale * k q          k, v [slots, head_dim]; q [head_dim]
+  // Where v is given it asks for the values too, and for keys some lines ahead: the first head of those that share them
+  // waits for memory once instead of twice.
+  static void scores(float* score, const float* q, const float* k, const float* v, size_t slots, size_t head_dim,
+                     float scale) {
+    constexpr size_t width = 16, ahead = 512;  // sums at once; values
     for (size_t s = 0; s < slots; ++s) {
       const float* key = k + s * head_dim;
-      float sum[width] = {};
+      for (size_t i = 0; v && i < head_dim; i += width) {
+        __builtin_prefetch(key + ahead + i);
+        __builtin_prefetch(v + s * head_dim + i);
+      }
+      float sum[width] = {}, all = 0;
       size_t i = 0;
       for (; i + width <= head_dim; i += width)
 #pragma omp simd
         for (size_t j = 0; j < width; ++j) sum[j] += q[i + j] * key[i + j];
       for (; i < head_dim; ++i) sum[0] += q[i] * key[i];
-      for (size_t n = width / 2; n > 0; n /= 2)
-        for (size_t j = 0; j < n; ++j) sum[j] += sum[j + n];
-      score[s] = sum[0] * scale;
+#pragma omp simd reduction(+ : all)
+      for (size_t j = 0; j < width; ++j) all += sum[j];
+      score[s] = all * scale;
     }
   }
 
