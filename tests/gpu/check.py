@@ -189,7 +189,8 @@ def hf(report, args, work):
         tokens, layers = tokens_of(model, count, args.seed), config_of(model)["num_hidden_layers"]
         k = max(1, layers * 3 // 4)
         policies = [{"policy": "full"}, {"policy": "speed", "k": k}, {"policy": "speed", "k": k, "bos": False},
-                    {"policy": "pop", "k": k}, {"policy": "share", "keep": list(range(0, layers, 2))}]
+                    {"policy": "pop", "k": k},
+                    {"policy": "share", "keep": [l for l in range(layers) if l < k or (l - k) % 2]}]
         if config_of(model)["swiftkv"]:
             policies.append({"policy": "swiftkv", "k": config_of(model)["swiftkv"]["num_key_value_layers"]})
         exact, theirs = (references(torch, reference, args, model, tokens, split, policies, dtype)
