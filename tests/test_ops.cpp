@@ -116,6 +116,48 @@ TEST_CASE("swiglu, rope and exp", "[ops]") {
   CHECK(same_bits(std::span(x).first(heads * e), std::span(before).first(heads * e)));
 }
 
+TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]") {
+  Cpu cpu;
+  Random random(6);
+  const size_t d = 300, heads = 3, e = 16, width = heads * e, f = 250, used = 2, capacity = 80;
+  for (size_t n : {1, 2, 65}) {
+    INFO(n << " rows");
+    const auto a = random.normal(n * d), cos = random.normal(n * e / 2), sin = random.normal(n * e / 2);
+    const auto wk = random.weights(width * d, 0.1f), wv = random.weights(width * d, 0.1f);
+    std::vector<float> k(n * width), v(n * width), ref(n * width), keys(heads * capacity * e), values(keys);
+    LayerCache<float> cache{keys.data(), values.data(), capacity, used};
+    cpu.keys_values(cache, k.data(), v.data(), a.data(), wk.data(), wv.data(), cos.data(), sin.data(), n, d, heads, e);
+    CHECK(cache.used == used + n);
+    // The appended slots, as rows again
+    auto rows_of = [&](const std::vector<float>& slots) {
+      std::vector<float> rows(n * width);
+      for (size_t r = 0; r < n; ++r)
+        for (size_t h = 0; h < heads; ++h)
+          std::copy_n(&slots[(h * capacity + used + r) * e], e, &rows[(r * heads + h) * e]);
+      return rows;
+    };
+    definition::matmul(ref.data(), a.data(), wv.data(), n, d, width, false);
+    CHECK(worst_row(rows_of(values), ref, width) < tolerance);
+    CHECK(worst_row(rows_of(keys), ref, width) > tolerance);
+    definition::matmul(ref.data(), a.data(), wk.data(), n, d, width, false);
+    definition::rope(ref.data(), cos.data(), sin.data(), n, heads, e);
+    CHECK(worst_row(rows_of(keys), ref, width) < tolerance);
+
+    const auto wg = random.weights(f * d, 0.1f), wu = random.weights(f * d, 0.1f);
+    std::vector<float> gate(n * f), up(n * f), gate_ref(n * f), up_ref(n * f);
+    const uint64_t before = cpu.counters.flops;
+    cpu.gated(gate.data(), up.data(), a.data(), wg.data(), wu.data(), n, d, f);
+    CHECK(cpu.counters.flops - before == 2 * n * d * 2 * f);
+    definition::matmul(gate_ref.data(), a.data(), wg.data(), n, d, f, false);
+    definition::matmul(up_ref.data(), a.data(), wu.data(), n, d, f, false);
+    auto exchanged = up_ref;
+    definition::swiglu(exchanged.data(), gate_ref.data(), n * f);
+    definition::swiglu(gate_ref.data(), up_ref.data(), n * f);
+    CHECK(worst_row(gate, gate_ref, f) < tolerance);
+    CHECK(worst_row(gate, exchanged, f) > tolerance);
+  }
+}
+
 TEST_CASE("results do not depend on the number of threads", "[ops]") {
   Random random(5);
   const size_t n = 70, in = 300, out = 700;
@@ -125,10 +167,14 @@ TEST_CASE("results do not depend on the number of threads", "[ops]") {
   const int before = omp_get_max_threads();
   Cpu cpu(1);
   cpu.matmul(one.data(), x.data(), w.data(), n, in, out);
+  std::vector<float> one_row(out), one_row_too(out), up(out);
+  cpu.gated(one_row.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
   Cpu more(3);
   more.matmul(two.data(), x.data(), w.data(), n, in, out);
+  more.gated(one_row_too.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
   omp_set_num_threads(before);
   CHECK(same_bits(one, two));
+  CHECK(same_bits(one_row, one_row_too));
 }
 
 TEST_CASE("sampling", "[ops]") {
