@@ -95,8 +95,7 @@ bench: speed
 # The tests of the kernels once more, on the GPU itself.
 build-gpu/test_gpu.o: tests/test_gpu.cpp $(HEADERS) $(wildcard tests/*.h)
 	@mkdir -p build-gpu
-	$(NVCC) $(filter -std=% -D%,$(LANGUAGE)) -O2 -ccbin $(CXX) -Xcompiler -fopenmp,-march=native -arch=sm_$(CARD:90=90a) \
-	  -I. -x cu -c $< -o $@
+	$(NVCC) $(NVCCFLAGS) -Xcompiler -march=native -arch=sm_$(CARD:90=90a) -I. -x cu -c $< -o $@
 
 build-gpu/tests: build-gpu/test_gpu.o $(BUILD)/main.o
 	$(NVCC) -ccbin $(CXX) -Xcompiler -fopenmp $^ -o $@ $(LIBRARIES) -lcublas

@@ -26,10 +26,10 @@ double seconds_of(Work work) {
 inline Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
   Ceilings best;
   const size_t words = size_t(64) << 20, block = 1 << 10;  // 256 MiB, well beyond any cache
-  if (cpu.available_memory() < words * 4)
+  if (const uint64_t have = cpu.available_memory(); have < words * sizeof(uint32_t))
     throw Error(2, "memory",
-                "the ceilings need " + std::to_string(words >> 18) + " MiB, " +
-                    std::to_string(cpu.available_memory() >> 20) + " MiB are available",
+                "the ceilings need " + std::to_string(words * sizeof(uint32_t) >> 20) + " MiB, " +
+                    std::to_string(have >> 20) + " MiB are available",
                 "free some, or use a smaller -t");
   {
     Cpu::Buffer<uint32_t> memory(words);

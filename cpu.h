@@ -125,6 +125,16 @@ struct Counters {
   uint64_t flops = 0;         // matrix products and attention, 2 a multiply-add
   uint64_t weight_bytes = 0;  // parameters read, once a product
   uint64_t kv_bytes = 0;      // cache read: the slots that were there before the call's own rows, once a call
+  // n rows times a matrix [out, in]
+  void product(size_t n, size_t in, size_t out) {
+    flops += 2 * n * in * out;
+    weight_bytes += n ? in * out * sizeof(bf16) : 0;
+  }
+  // n rows, of which row r sees seen + r slots of a cache whose values have value_bytes each
+  void attention(size_t n, size_t seen, size_t n_heads, size_t n_kv_heads, size_t head_dim, size_t value_bytes) {
+    flops += 4 * n_heads * head_dim * (n * seen + n * (n - 1) / 2);
+    kv_bytes += (seen - 1) * 2 * n_kv_heads * head_dim * value_bytes;
+  }
   Counters operator-(const Counters& o) const {
     return {flops - o.flops, weight_bytes - o.weight_bytes, kv_bytes - o.kv_bytes};
   }
@@ -241,7 +251,7 @@ struct Cpu {
   // small enough for its cache, and hands it to OpenBLAS; there is never a second copy of a whole matrix.
   void matmul(float* y, const float* x, const bf16* w, size_t n, size_t in, size_t out, bool add = false) {
     if (n == 0) return;
-    count_product(n, in, out);
+    counters.product(n, in, out);
     if (n == 1) return each_row(out, in, [&](size_t o) { y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0); });
     // An even number of panels of about 256 rows: two threads then end together, and a product is still large enough.
     const size_t panels = 2 * ((out + 511) / 512), panel = (out + panels - 1) / panels;
@@ -270,7 +280,7 @@ struct Cpu {
                    const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
     const size_t width = n_kv_heads * head_dim;
     if (n == 1) {  // in one loop, for each has little to do
-      count_product(1, d, 2 * width);
+      counters.product(1, d, 2 * width);
       each_row(2 * width, d, [&](size_t o) {
         if (o < width) k[o] = dot(wk + o * d, a, d);
         else v[o - width] = dot(wv + (o - width) * d, a, d);
@@ -286,11 +296,8 @@ struct Cpu {
   // gate = silu(a wg^T) * (a wu^T)          a [n, d]; wg, wu [f, d]; gate, up [n, f], up is room
   void gated(float* gate, float* up, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
     if (n == 1) {
-      count_product(1, d, 2 * f);
-      return each_row(f, 2 * d, [&](size_t o) {
-        const float g = dot(wg + o * d, a, d);
-        gate[o] = g / (1 + exp(-g)) * dot(wu + o * d, a, d);
-      });
+      counters.product(1, d, 2 * f);
+      return each_row(f, 2 * d, [&](size_t o) { gate[o] = silu(dot(wg + o * d, a, d)) * dot(wu + o * d, a, d); });
     }
     matmul(gate, a, wg, n, d, f);
     matmul(up, a, wu, n, d, f);
@@ -333,8 +340,7 @@ struct Cpu {
   // 1805.02867), so no matrix of rows x slots ever exists.
   void attention(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
                  size_t n_kv_heads, size_t head_dim) {
-    counters.flops += 4 * n_heads * head_dim * (n * seen + n * (n - 1) / 2);
-    counters.kv_bytes += (seen - 1) * 2 * n_kv_heads * head_dim * sizeof(float);
+    counters.attention(n, seen, n_heads, n_kv_heads, head_dim, sizeof(float));
     if (n == 1) return attend_one(o, q, cache, seen, n_heads, n_kv_heads, head_dim);
     // Many rows: for a block of rows and the query heads that share a key head, scores and values are matrix products.
     constexpr size_t row_block = 64;
@@ -378,8 +384,10 @@ struct Cpu {
 
   void swiglu(float* gate, const float* up, size_t n) {
 #pragma omp parallel for simd if (n > worth_threads / 8)
-    for (size_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
+    for (size_t i = 0; i < n; ++i) gate[i] = silu(gate[i]) * up[i];
   }
+
+  static float silu(float x) { return x / (1 + exp(-x)); }
 
   // e^x to 2 ulp, in steps the compiler can vectorise (it cannot vectorise std::exp): e^x = 2^n e^r with |r| <= ln2 /
   // 2, e^r by its polynomial (Cephes). Below -87 it stays at e^-87 instead of going to 0; NaN stays NaN.
@@ -401,11 +409,6 @@ struct Cpu {
  private:
   std::vector<Buffer<float>> wide_;  // [threads], a panel of weights in fp32
   std::vector<float> parts_;         // of one row's attention
-
-  void count_product(size_t n, size_t in, size_t out) {
-    counters.flops += 2 * n * in * out;
-    counters.weight_bytes += in * out * sizeof(bf16);
-  }
 
   // work(o) for all o < rows, each of `terms` multiply-adds. Threads take runs of rows, shorter and shorter: long ones
   // are read fastest, and two processors rarely get an equal share of the memory's bandwidth.

@@ -183,7 +183,7 @@ class Gpu {
   // y = x w^T, or, where y is fp32, y += x w^T          x [n, in]; w [out, in]; y [n, out]
   template <class T>
   void matmul(T* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, bool add = false) {
-    count_product(n, in, out);
+    counters.product(n, in, out);
     if (n == 1) return matvec((out + 1) / 2, x, in, kernel::Product<T>{y, w, int(in), int(out), add});
     product(y, x, w, n, in, out, add);
   }
@@ -191,7 +191,7 @@ class Gpu {
   void queries(bf16* q, const bf16* a, const bf16* wq, const float* cos, const float* sin, size_t n, size_t d,
                size_t n_heads, size_t head_dim) {
     const size_t width = n_heads * head_dim;
-    count_product(n, d, width);
+    counters.product(n, d, width);
     if (n == 1) return matvec(width / 2, a, d, kernel::Queries{q, wq, cos, sin, int(d), int(n_heads), int(head_dim)});
     product(q, a, wq, n, d, width, false);
     go(kernel::rope, blocks(n * width / 16, 256), 256, 0, q, cos, sin, int(n), int(n_heads), int(head_dim));
@@ -200,7 +200,7 @@ class Gpu {
   void keys_values(LayerCache<bf16>& cache, bf16* k, bf16* v, const bf16* a, const bf16* wk, const bf16* wv,
                    const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
     const size_t width = n_kv_heads * head_dim;
-    count_product(n, d, 2 * width);
+    counters.product(n, d, 2 * width);
     if (n == 1) {
       matvec(
           width, a, d,
@@ -226,15 +226,14 @@ class Gpu {
   // A few rows share nothing but the cache, so that its slots are cut among blocks; many are taken in tiles.
   void attention(bf16* o, const bf16* q, const LayerCache<bf16>& cache, size_t n, size_t seen, size_t n_heads,
                  size_t n_kv_heads, size_t head_dim) {
-    counters.flops += 4 * n_heads * head_dim * (n * seen + n * (n - 1) / 2);
-    counters.kv_bytes += (seen - 1) * 2 * n_kv_heads * head_dim * sizeof(bf16);
+    counters.attention(n, seen, n_heads, n_kv_heads, head_dim, sizeof(bf16));
     if (head_dim == 32) attend<32>(o, q, cache, n, seen, n_heads, n_kv_heads);
     else if (head_dim == 64) attend<64>(o, q, cache, n, seen, n_heads, n_kv_heads);
     else attend<128>(o, q, cache, n, seen, n_heads, n_kv_heads);
   }
 
   void gated(bf16* gate, bf16* up, const bf16* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
-    count_product(n, d, 2 * f);
+    counters.product(n, d, 2 * f);
     if (n == 1) return matvec(f, a, d, kernel::Gated{gate, wg, wu, int(d), int(f)});
     product(gate, a, wg, n, d, f, false);
     product(up, a, wu, n, d, f, false);
@@ -264,11 +263,6 @@ class Gpu {
   template <class... P, class... A>
   void go(void (*k)(P...), dim3 grid, size_t threads, size_t shared, A... args) {
     if (!only_count_) launch(k, grid, dim3(unsigned(threads)), shared, stream_, args...);
-  }
-
-  void count_product(size_t n, size_t in, size_t out) {
-    counters.flops += 2 * n * in * out;
-    counters.weight_bytes += n ? in * out * sizeof(bf16) : 0;
   }
 
   template <class T>

@@ -308,7 +308,8 @@ inline uint64_t address_space_left() {
   return limit.rlim_cur > taken ? limit.rlim_cur - taken : 0;
 }
 
-// Bytes of memory this process may still take: the machine's, or its control group's where that is less.
+// Bytes of memory this process may still take: the machine's, or its control group's or address space where that is
+// less.
 inline uint64_t available_memory() {
   uint64_t available = std::numeric_limits<uint64_t>::max();
   std::string key;

@@ -154,8 +154,10 @@ class Gguf(Reader):
         return rows
 
 
-def gguf_config(field, path):
+def gguf_config(values, path):
     """config.json's keys from GGUF metadata. llama.* keys without an equivalent are refused by name."""
+    field = values.get
+
     def read(key):
         if not isinstance(field(key), (int, float)):
             raise Failure(f"{path}: {key} is {field(key)!r}, expected a number; get the file again")
@@ -174,14 +176,15 @@ def gguf_config(field, path):
         if field(key) not in (None, same):
             raise unsupported(f"{key} {field(key)} beside heads of {head_dim}", path)
     known = {*GGUF_CONFIG, "llama.attention.value_length", "llama.rope.dimension_count"}
-    for key in field.keys:
+    for key in values:
         off = key.startswith(("llama.expert", "llama.rope.scaling")) and field(key) in (0, "none", False)
         if key.startswith("llama.") and key not in known and not off:
             raise unsupported(f"{key} ({field(key)!r})", path)
     return config
 
 
-def gguf_tokenizer(field, path):
+def gguf_tokenizer(values, path):
+    field = values.get
     if field("tokenizer.ggml.model") != "gpt2":
         raise unsupported(f"a tokenizer of type {field('tokenizer.ggml.model')!r}", path)
     pre = field("tokenizer.ggml.pre")
@@ -210,13 +213,7 @@ def read_gguf(path, tokenizer_only):
     except ImportError:
         raise Failure("gguf: not installed, and a GGUF file needs it; pip install gguf") from None
     file = Gguf(path, gguf)
-    values = file.values
-
-    def field(key):
-        return values.get(key)
-
-    field.keys = values
-    config, tokenizer = gguf_config(field, path), gguf_tokenizer(field, path)
+    config, tokenizer = gguf_config(file.values, path), gguf_tokenizer(file.values, path)
     tensors, extra = {}, {}
     for name in [] if tokenizer_only else file.tensors:
         shape = file.tensors[name][0]

@@ -44,8 +44,6 @@ try:
 except ImportError as error:
     raise SystemExit(f"importance.py: {error}; run it as  tests/hf/run.sh ~/.cache/speed study/importance.py")
 
-CACHE = Path(os.environ.get("SPEED_CACHE") or
-             Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed")
 ROWS = ("anchor", "prompt", "header", "answer")  # disjoint sets of rows; a gate has some of them
 GATES = {"prefill": ("anchor", "prompt"), "prefill, no anchor": ("prompt",), "decode": ("header", "answer"),
          "prefill, POP's split": ("anchor", "prompt", "header"), "decode, POP's split": ("answer",)}
@@ -459,7 +457,7 @@ def digest(x):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("-m", "--model", default=str(CACHE / "smollm2-135m-instruct.safetensors"))
+    p.add_argument("-m", "--model", default=str(quality.CACHE / "smollm2-135m-instruct.safetensors"))
     p.add_argument("--speed", default=str(ROOT / "speed"), help="the program, which samples the answers")
     p.add_argument("--prompts", default=str(ROOT / "study" / "questions.json"))
     p.add_argument("--longest", type=int, default=400, help="characters of a prompt, at most; longer runs longer")
@@ -476,7 +474,7 @@ def main():
         return check_all(a.model)
     prompts = [q["text"] for q in quality.written_questions(Path(a.prompts)) if len(q["text"]) <= a.longest]
     settings = dict(model_sha256=sha256(a.model), n=a.n, draws=a.draws, seed=a.seed)
-    kept = measure_all(a, prompts, CACHE / f"importance-{digest(settings)[:16]}.jsonl")
+    kept = measure_all(a, prompts, quality.CACHE / f"importance-{digest(settings)[:16]}.jsonl")
     run = dict(command=sys.argv, model=Path(a.model).stem, prompts=len(kept), prompts_in_all=len(prompts),
                prompts_sha256=digest(prompts), **settings,
                prompt_tokens=[x["n_prompt"] for x in kept], answer_tokens=[x["n_answer"] for x in kept],

@@ -746,22 +746,24 @@ TEST_CASE("laws 3, 5, 6 and 7 on Gpu, within bf16", "[gpu][model]") {
 
 TEST_CASE("predicted = counted = allocated on Gpu", "[gpu][model]") {
   Gpu gpu;
-  const Model& m = models()[1].m;
-  const Shape& s = m.config.shape;
-  for (const Policy& p : all_policies(m.config)) {
-    INFO(name(p.method) << " K=" << p.k << " bos " << p.bos);
-    const size_t N = 20, T = p.tail_is_one_token() ? 1 : 3, n = 4;
-    const Cost cost{s, p};
-    Engine<Gpu> engine(m, p, {N + n, T + n, 512}, gpu);
-    CHECK(engine.kv_bytes_allocated() == cost.kv_bytes(N - T, T + n, sizeof(bf16)));
-    engine.prefill(Random(15).ids(N, m.config.bos, s.vocab), N - T, [](size_t, const float*) {});
-    CHECK(engine.counted().flops == cost.prefill_flops(N, T));
-    for (size_t i = 0; i < 3; ++i) {  // as it comes, recorded, replayed
-      const Counters before = engine.counted();
-      engine.decode(3);
-      const Counters step = engine.counted() - before;
-      CHECK(step.flops == cost.decode_flops(N + i, T + i));
-      CHECK(step.weight_bytes + step.kv_bytes == cost.decode_read_bytes(N + i, T + i, sizeof(bf16), sizeof(bf16)));
+  for (const RandomModel& r : models()) {
+    const Model& m = r.m;
+    const Shape& s = m.config.shape;
+    for (const Policy& p : all_policies(m.config)) {
+      INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
+      const size_t N = 20, T = p.tail_is_one_token() ? 1 : 3, n = 4;
+      const Cost cost{s, p};
+      Engine<Gpu> engine(m, p, {N + n, T + n, 512}, gpu);
+      CHECK(engine.kv_bytes_allocated() == cost.kv_bytes(N - T, T + n, sizeof(bf16)));
+      engine.prefill(Random(15).ids(N, m.config.bos, s.vocab), N - T, [](size_t, const float*) {});
+      CHECK(engine.counted().flops == cost.prefill_flops(N, T));
+      for (size_t i = 0; i < 3; ++i) {  // as it comes, recorded, replayed
+        const Counters before = engine.counted();
+        engine.decode(3);
+        const Counters step = engine.counted() - before;
+        CHECK(step.flops == cost.decode_flops(N + i, T + i));
+        CHECK(step.weight_bytes + step.kv_bytes == cost.decode_read_bytes(N + i, T + i, sizeof(bf16), sizeof(bf16)));
+      }
     }
   }
 }

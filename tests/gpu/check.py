@@ -28,11 +28,10 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEED = os.environ.get("SPEED", str(ROOT / "speed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hf"))
+from places import ROOT, SMOLLM2, SPEED  # noqa: E402
+
 TESTS = os.environ.get("TESTS", str(ROOT / "build-gpu" / "tests"))
-CACHE = Path(os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed")
-SMOLLM2 = Path(os.environ.get("SPEED_MODEL", CACHE / "smollm2-135m-instruct.safetensors"))
 SMALL = ROOT / "models" / "small.safetensors"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 MINUTES = 8  # for all steps together; the memory checks, which come last and take longest, get what is left
@@ -304,7 +303,6 @@ def main():
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100000, help="of the random inputs")
     args = parser.parse_args()
     args.began = time.time()
-    sys.path.insert(0, str(ROOT / "tests" / "hf"))
     wanted = args.only.split(",")
     unknown = [name for name in wanted if name not in STEPS]
     if unknown:

