@@ -5,6 +5,7 @@
 // could beat here: max(FLOPs / ceiling, bytes / ceiling), by the cost model's counts.
 #pragma once
 
+#include <array>
 #include <numeric>
 
 #include "backend.h"
@@ -25,7 +26,7 @@ double seconds_of(Work work) {
 
 inline Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
   Ceilings best;
-  const size_t words = size_t(64) << 20, block = 1 << 10;  // 256 MiB, well beyond any cache
+  const size_t words = size_t(64) << 20, block = 1 << 10, line = 16;  // 256 MiB, well beyond any cache
   if (const uint64_t have = cpu.available_memory(); have < words * sizeof(uint32_t))
     throw Error(2, "memory",
                 "the ceilings need " + std::to_string(words * sizeof(uint32_t) >> 20) + " MiB, " +
@@ -35,16 +36,20 @@ inline Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
     Cpu::Buffer<uint32_t> memory(words);
     const uint32_t* p = memory.get();
     std::fill_n(memory.get(), words, 1);
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 12; ++i) {
       uint32_t total = 0;
+      // Without and with asking ahead, into the first and the second cache: what is fastest depends on the processor.
+      const auto [near, far] = std::array<std::pair<size_t, size_t>, 3>{{{0, 0}, {512, 0}, {128, 1024}}}[i % 3];
       const double t = seconds_of([&] {
 #pragma omp parallel for reduction(+ : total)
         for (size_t j = 0; j < words; j += block) {
-          if (i % 2)  // with and without asking ahead: which is faster depends on the processor
-            for (size_t k = j; k < j + block; k += 16) __builtin_prefetch(p + k + 512);
-          uint32_t sum = 0;
-          for (size_t k = j; k < j + block; ++k) sum += p[k];
-          total += sum;
+          uint32_t sum[line] = {};
+          for (size_t k = j; k < j + block; k += line) {
+            if (far) __builtin_prefetch(p + k + far, 0, 2);
+            if (near) __builtin_prefetch(p + k + near);
+            for (size_t l = 0; l < line; ++l) sum[l] += p[k + l];
+          }
+          total += std::accumulate(sum, sum + line, 0u);
         }
       });
       if (total == words)
@@ -256,19 +261,20 @@ int run_bench(const Options& o, json& record, Model& model, B& backend) {
                   "a test of " + std::to_string(t.prompt + t.depth + t.gen) + " tokens exceeds the model's " +
                       std::to_string(c.context),
                   "shorten it");
-  Ceilings ceilings = measure_ceilings(backend, c.shape);
+  std::vector<double> gflops, gbps;  // ceilings, taken in turn with the tests, because a shared machine changes
   Progress progress("bench");
-  for (int round = -1; round < o.repetitions; ++round)  // round -1 is not counted: it brings the weights into memory
+  for (int round = -1; round < o.repetitions; ++round) {  // round -1 is not counted: it brings the weights into memory
+    const Ceilings now = measure_ceilings(backend, c.shape);
+    if (round >= 0) gflops.push_back(now.gflops), gbps.push_back(now.gbps);
     for (size_t i = 0; i < tests.size(); ++i) {
       if (interrupted) throw Interrupted{};
       run_bench_test(tests[i], model, size_t(o.chunk), backend);
       if (round < 0) tests[i].seconds.clear();
       progress.update((double(round + 1) + double(i + 1) / double(tests.size())) / (o.repetitions + 1));
     }
+  }
   progress.clear();
-  // Again, because a shared machine changes: a ceiling is the best seen.
-  const Ceilings after = measure_ceilings(backend, c.shape);
-  ceilings = {std::max(ceilings.gflops, after.gflops), std::max(ceilings.gbps, after.gbps)};
+  const Ceilings ceilings = {median(gflops), median(gbps)};
   const Table table = bench_table(tests, ceilings, SPEED_COMMIT, backend);
   if (o.format == "json") {
     std::cout << table.rows_as_json().dump(2) << "\n";

@@ -253,19 +253,12 @@ struct Cpu {
     if (n == 0) return;
     counters.product(n, in, out);
     if (n == 1) return each_row(out, in, [&](size_t o) { y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0); });
-    // An even number of panels of about 256 rows: two threads then end together, and a product is still large enough.
-    const size_t panels = 2 * ((out + 511) / 512), panel = (out + panels - 1) / panels;
-    wide_.resize(omp_get_max_threads());
-    for (auto& buffer : wide_)
-      if (buffer.size < panel * in) buffer = Buffer<float>(panel * in);
-#pragma omp parallel for schedule(dynamic)
-    for (size_t o = 0; o < out; o += panel) {
-      const size_t rows = std::min(panel, out - o);
-      float* wide = wide_[omp_get_thread_num()].get();
+    const size_t panel = panel_rows(out);
+    each_panel(out, panel, panel * in, [&](size_t o, size_t rows, float* wide) {
       widen(wide, w + o * in, rows * in);
       cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(n), int(rows), int(in), 1, x, int(in), wide, int(in),
                   add ? 1 : 0, y + o, int(out));
-    }
+    });
   }
 
   // Queries: q = rope(a wq^T)          a [n, d]; wq [n_heads head_dim, d]; cos, sin [n, head_dim/2]
@@ -286,22 +279,26 @@ struct Cpu {
         else v[o - width] = dot(wv + (o - width) * d, a, d);
       });
     } else {
-      matmul(k, a, wk, n, d, width);
-      matmul(v, a, wv, n, d, width);
+      matmul_pair(a, wk, wv, n, d, width, [&](size_t r, size_t o, const float* key, const float* value, size_t m) {
+        std::copy_n(key, m, k + r * width + o);
+        std::copy_n(value, m, v + r * width + o);
+      });
     }
     rope(k, cos, sin, n, n_kv_heads, head_dim);
     append(cache, k, v, n, n_kv_heads, head_dim);
   }
 
-  // gate = silu(a wg^T) * (a wu^T)          a [n, d]; wg, wu [f, d]; gate, up [n, f], up is room
-  void gated(float* gate, float* up, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
+  // gate = silu(a wg^T) * (a wu^T)          a [n, d]; wg, wu [f, d]; gate [n, f]
+  void gated(float* gate, float*, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
     if (n == 1) {
       counters.product(1, d, 2 * f);
       return each_row(f, 2 * d, [&](size_t o) { gate[o] = silu(dot(wg + o * d, a, d)) * dot(wu + o * d, a, d); });
     }
-    matmul(gate, a, wg, n, d, f);
-    matmul(up, a, wu, n, d, f);
-    swiglu(gate, up, n * f);
+    matmul_pair(a, wg, wu, n, d, f, [&](size_t r, size_t o, const float* g, const float* u, size_t m) {
+      float* to = gate + r * f + o;
+#pragma omp simd
+      for (size_t i = 0; i < m; ++i) to[i] = silu(g[i]) * u[i];
+    });
   }
 
   // *best = the id of the largest of logits [vocab], the first of equals; an error where one is NaN
@@ -327,6 +324,7 @@ struct Cpu {
 
   // Appends n slots to a layer's cache.          k, v [n, n_kv_heads, head_dim]; precondition: they fit
   void append(LayerCache<float>& cache, const float* k, const float* v, size_t n, size_t n_kv_heads, size_t head_dim) {
+#pragma omp parallel for if (n > 1)
     for (size_t r = 0; r < n; ++r)
       for (size_t h = 0; h < n_kv_heads; ++h) {
         const size_t from = (r * n_kv_heads + h) * head_dim, to = (h * cache.capacity + cache.used + r) * head_dim;
@@ -382,18 +380,12 @@ struct Cpu {
     }
   }
 
-  void swiglu(float* gate, const float* up, size_t n) {
-#pragma omp parallel for simd if (n > worth_threads / 8)
-    for (size_t i = 0; i < n; ++i) gate[i] = silu(gate[i]) * up[i];
-  }
-
   static float silu(float x) { return x / (1 + exp(-x)); }
 
   // e^x to 2 ulp, in steps the compiler can vectorise (it cannot vectorise std::exp): e^x = 2^n e^r with |r| <= ln2 /
   // 2, e^r by its polynomial (Cephes). Below -87 it stays at e^-87 instead of going to 0; NaN stays NaN.
   static float exp(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+    x = std::min(std::max(x, -87.0f), 88.0f);
     const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // rounds to a whole number
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -407,7 +399,7 @@ struct Cpu {
   }
 
  private:
-  std::vector<Buffer<float>> wide_;  // [threads], a panel of weights in fp32
+  std::vector<Buffer<float>> room_;  // [threads]
   std::vector<float> parts_;         // of one row's attention
 
   // work(o) for all o < rows, each of `terms` multiply-adds. Threads take runs of rows, shorter and shorter: long ones
@@ -418,21 +410,66 @@ struct Cpu {
     for (size_t o = 0; o < rows; ++o) work(o);
   }
 
+  // Rows of a panel: an even number of panels of about 256 rows, so that two threads end together and a product is
+  // still large enough. It depends on nothing but the matrix, because OpenBLAS's results depend on it.
+  static size_t panel_rows(size_t out) {
+    const size_t panels = 2 * ((out + 511) / 512);
+    return (out + panels - 1) / panels;
+  }
+
+  // work(first row, rows, room) for all panels of a matrix, each by one thread, with room for `floats`.
+  template <class Work>
+  void each_panel(size_t out, size_t panel, size_t floats, Work work) {
+    room_.resize(omp_get_max_threads());
+    for (auto& buffer : room_)
+      if (buffer.size < floats) buffer = Buffer<float>(floats);
+#pragma omp parallel for schedule(dynamic)
+    for (size_t o = 0; o < out; o += panel) work(o, std::min(panel, out - o), room_[omp_get_thread_num()].get());
+  }
+
+  // use(row, o, first, second, columns) of x w1^T and x w2^T, for every row and piece [o, o + columns) of it. The same
+  // rows of both matrices make one product, whose results are used before they leave the cache.
+  template <class Use>
+  void matmul_pair(const float* x, const bf16* w1, const bf16* w2, size_t n, size_t in, size_t out, Use use) {
+    if (n == 0) return;
+    counters.product(n, in, 2 * out);
+    constexpr size_t most_rows = 512;
+    const size_t panel = panel_rows(out);
+    each_panel(out, panel, 2 * panel * (in + std::min(n, most_rows)), [&](size_t o, size_t columns, float* wide) {
+      float* y = wide + 2 * panel * in;  // [rows, 2 columns]
+      widen(wide, w1 + o * in, columns * in);
+      widen(wide + columns * in, w2 + o * in, columns * in);
+      for (size_t r0 = 0; r0 < n; r0 += most_rows) {
+        const size_t rows = std::min(most_rows, n - r0);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(rows), int(2 * columns), int(in), 1, x + r0 * in,
+                    int(in), wide, int(in), 0, y, int(2 * columns));
+        for (size_t r = 0; r < rows; ++r) use(r0 + r, o, y + 2 * r * columns, y + (2 * r + 1) * columns, columns);
+      }
+    });
+  }
+
   static void widen(float* y, const bf16* x, size_t n) {
 #pragma omp simd
     for (size_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(uint32_t(x[i].bits) << 16);
   }
 
   // Asking for what lies some lines ahead reads up to two thirds faster: the processor's own prefetcher stops at the
-  // end of each 4 KiB page. (Asking beyond the end of the file does nothing.)
+  // end of each 4 KiB page. (Asking beyond the end of the file does nothing.) One line at a time: a processor keeps few
+  // requests open, and waits where a whole row is asked for at once.
   static float dot(const bf16* w, const float* x, size_t n) {
-    constexpr size_t ahead = 2048, line = 64;  // bytes
-    for (size_t i = 0; i < n * sizeof(bf16); i += line)
-      __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + i);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; ++i) sum += std::bit_cast<float>(uint32_t(w[i].bits) << 16) * x[i];
-    return sum;
+    constexpr size_t width = 32, near = 256, far = 2048;  // sums at once: a line of weights; weights ahead
+    float sum[width] = {}, all = 0;
+    size_t i = 0;
+    for (; i + width <= n; i += width) {
+      __builtin_prefetch(w + i + far, 0, 2);  // to the second-level cache
+      __builtin_prefetch(w + i + near);
+#pragma omp simd
+      for (size_t j = 0; j < width; ++j) sum[j] += std::bit_cast<float>(uint32_t(w[i + j].bits) << 16) * x[i + j];
+    }
+    for (; i < n; ++i) sum[0] += std::bit_cast<float>(uint32_t(w[i].bits) << 16) * x[i];
+#pragma omp simd reduction(+ : all)
+    for (size_t j = 0; j < width; ++j) all += sum[j];
+    return all;
   }
 
   static constexpr size_t slot_block = 256;

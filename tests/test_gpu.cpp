@@ -524,7 +524,7 @@ struct Rough : Cpu {
     matmul(up, a, wu, n, d, f);
     roughen(gate, n * f);
     roughen(up, n * f);
-    swiglu(gate, up, n * f);
+    definition::swiglu(gate, up, n * f);
     roughen(gate, n * f);
   }
 };

@@ -85,13 +85,14 @@ TEST_CASE("attention", "[ops]") {
   }
 }
 
-TEST_CASE("swiglu, rope and exp", "[ops]") {
+TEST_CASE("silu, rope and exp", "[ops]") {
   Cpu cpu;
   Random random(4);
-  auto gate = random.normal(1003), up = random.normal(1003);
+  auto gate = random.normal(1003);
   for (float& x : gate) x *= 20;
   auto ref = gate;
-  cpu.swiglu(gate.data(), up.data(), gate.size());
+  const std::vector<float> up(gate.size(), 1);
+  for (float& x : gate) x = Cpu::silu(x);
   definition::swiglu(ref.data(), up.data(), ref.size());
   CHECK(relative_error(gate, ref) < 1e-6);
   for (float x = -87; x < 88; x += 0.0137f) REQUIRE(Cpu::exp(x) == Approx(std::exp(double(x))).epsilon(3e-7));
@@ -119,8 +120,8 @@ TEST_CASE("swiglu, rope and exp", "[ops]") {
 TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]") {
   Cpu cpu;
   Random random(6);
-  const size_t d = 300, heads = 3, e = 16, width = heads * e, f = 250, used = 2, capacity = 80;
-  for (size_t n : {1, 2, 65}) {
+  const size_t d = 300, heads = 3, e = 16, width = heads * e, f = 550, used = 2, capacity = 700;
+  for (size_t n : {1, 2, 65, 600}) {
     INFO(n << " rows");
     const auto a = random.normal(n * d), cos = random.normal(n * e / 2), sin = random.normal(n * e / 2);
     const auto wk = random.weights(width * d, 0.1f), wv = random.weights(width * d, 0.1f);
@@ -158,7 +159,7 @@ TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]")
   }
 }
 
-TEST_CASE("results do not depend on the number of threads", "[ops]") {
+TEST_CASE("results do not depend on the number of threads", "[ops][threads]") {
   Random random(5);
   const size_t n = 70, in = 300, out = 700;
   const auto x = random.normal(n * in);
@@ -167,13 +168,16 @@ TEST_CASE("results do not depend on the number of threads", "[ops]") {
   const int before = omp_get_max_threads();
   Cpu cpu(1);
   cpu.matmul(one.data(), x.data(), w.data(), n, in, out);
-  std::vector<float> one_row(out), one_row_too(out), up(out);
+  std::vector<float> up(n * out), gated_one(n * out), gated_two(n * out), one_row(out), one_row_too(out);
+  cpu.gated(gated_one.data(), up.data(), x.data(), w.data(), w.data(), n, in, out);
   cpu.gated(one_row.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
   Cpu more(3);
   more.matmul(two.data(), x.data(), w.data(), n, in, out);
+  more.gated(gated_two.data(), up.data(), x.data(), w.data(), w.data(), n, in, out);
   more.gated(one_row_too.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
   omp_set_num_threads(before);
   CHECK(same_bits(one, two));
+  CHECK(same_bits(gated_one, gated_two));
   CHECK(same_bits(one_row, one_row_too));
 }
 
