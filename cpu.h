@@ -3,12 +3,14 @@
 // First the definitions (namespace definition): loops that say what is computed and nothing else. They are the oracle
 // of the tests. Then `Cpu`, the same operations as forward.h calls them: many rows through OpenBLAS, a single row by a
 // loop the compiler vectorises. Activations and cache are fp32, weights bf16 and read where they lie in the file.
-// No result depends on the number of threads: work is cut by fixed sizes, and every sum is made by one thread.
+// No result depends on the number of threads: work is cut by sizes fixed for the machine, and every sum is made by one
+// thread.
 #pragma once
 
 #include <cblas.h>
 #include <omp.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <bit>
 #include <cmath>
@@ -410,10 +412,13 @@ struct Cpu {
     for (size_t o = 0; o < rows; ++o) work(o);
   }
 
-  // Rows of a panel: an even number of panels of about 256 rows, so that two threads end together and a product is
-  // still large enough. It depends on nothing but the matrix, because OpenBLAS's results depend on it.
+  // Rows of a panel: few enough that every processor gets one, where that is not too small for a fast product, and an
+  // even number of panels, so that two end together. OpenBLAS's results depend on it in their last bits, so it is the
+  // same for any number of threads.
   static size_t panel_rows(size_t out) {
-    const size_t panels = 2 * ((out + 511) / 512);
+    static const long processors = std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN));
+    const size_t most = std::clamp<size_t>(out / size_t(processors), 96, 384);
+    const size_t panels = 2 * ((out + 2 * most - 1) / (2 * most));
     return (out + panels - 1) / panels;
   }
 
