@@ -412,12 +412,12 @@ struct Cpu {
     for (size_t o = 0; o < rows; ++o) work(o);
   }
 
-  // Rows of a panel: few enough that every processor gets one, where that is not too small for a fast product, and an
-  // even number of panels, so that two end together. OpenBLAS's results depend on it in their last bits, so it is the
-  // same for any number of threads.
+  // Rows of a panel: few enough that every processor gets one and it fits its cache, many enough for a fast product;
+  // and an even number of panels, so that two end together. OpenBLAS's results depend on it in their last bits, so it
+  // is the same for any number of threads.
   static size_t panel_rows(size_t out) {
     static const long processors = std::max(1L, ::sysconf(_SC_NPROCESSORS_ONLN));
-    const size_t most = std::clamp<size_t>(out / size_t(processors), 96, 384);
+    const size_t most = std::clamp<size_t>(out / size_t(processors), 96, 288);
     const size_t panels = 2 * ((out + 2 * most - 1) / (2 * most));
     return (out + panels - 1) / panels;
   }
