@@ -326,7 +326,6 @@ struct Cpu {
 
   // Appends n slots to a layer's cache.          k, v [n, n_kv_heads, head_dim]; precondition: they fit
   void append(LayerCache<float>& cache, const float* k, const float* v, size_t n, size_t n_kv_heads, size_t head_dim) {
-#pragma omp parallel for if (n > 1)
     for (size_t r = 0; r < n; ++r)
       for (size_t h = 0; h < n_kv_heads; ++h) {
         const size_t from = (r * n_kv_heads + h) * head_dim, to = (h * cache.capacity + cache.used + r) * head_dim;
@@ -401,7 +400,7 @@ struct Cpu {
   }
 
  private:
-  std::vector<Buffer<float>> room_;  // [threads]
+  std::vector<Buffer<float>> room_;  // [threads], a panel of weights in fp32, and a pair's results
   std::vector<float> parts_;         // of one row's attention
 
   // work(o) for all o < rows, each of `terms` multiply-adds. Threads take runs of rows, shorter and shorter: long ones
