@@ -1,8 +1,8 @@
 // cpu.h - every operation of the model, defined in plain C++ and then made fast for a CPU.
 //
 // First the definitions (namespace definition): loops that say what is computed and nothing else. They are the oracle
-// of the tests. Then `Cpu`, the same operations as forward.h calls them: many rows through OpenBLAS, a single row by a
-// loop the compiler vectorises. Activations and cache are fp32, weights bf16 and read where they lie in the file.
+// of the tests. Then `Cpu`, the same operations as forward.h calls them: many rows through OpenBLAS, few by loops that
+// read each weight once. Activations and cache are fp32, weights bf16 and read where they lie in the file.
 // No result depends on the number of threads: work is cut by sizes fixed for the machine, and every sum is made by one
 // thread.
 #pragma once
@@ -16,9 +16,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <random>
 #include <vector>
 
+#include "attention.h"
 #include "model.h"
 
 namespace speed {
@@ -189,6 +189,8 @@ struct Cpu {
 
   // Multiply-adds below which one thread is done before a second has woken up.
   static constexpr size_t worth_threads = 1 << 17;
+  // Rows for which weights are read once, at the speed of memory; for more they are widened for OpenBLAS.
+  static constexpr size_t few = 8;
 
   Counters counters;
 
@@ -237,8 +239,7 @@ struct Cpu {
 
   void rmsnorm(float* y, const float* x, const bf16* w, size_t n, size_t d, float eps) {
     counters.weight_bytes += d * sizeof(bf16);
-#pragma omp parallel for if (n > 1)
-    for (size_t r = 0; r < n; ++r) {
+    each_row(n, d, [&](size_t r) {
       const float* a = x + r * d;
       float* b = y + r * d;
       float sum = 0;
@@ -246,15 +247,19 @@ struct Cpu {
       for (size_t i = 0; i < d; ++i) sum += a[i] * a[i];
       const float scale = 1 / std::sqrt(sum / float(d) + eps);
       for (size_t i = 0; i < d; ++i) b[i] = a[i] * scale * to_float(w[i]);
-    }
+    });
   }
 
-  // One row: read each weight once, at the speed of memory. Many rows: a thread widens a panel of weight rows to fp32,
+  // Few rows: read each weight once, at the speed of memory. Many rows: a thread widens a panel of weight rows to fp32,
   // small enough for its cache, and hands it to OpenBLAS; there is never a second copy of a whole matrix.
   void matmul(float* y, const float* x, const bf16* w, size_t n, size_t in, size_t out, bool add = false) {
     if (n == 0) return;
     counters.product(n, in, out);
-    if (n == 1) return each_row(out, in, [&](size_t o) { y[o] = dot(w + o * in, x, in) + (add ? y[o] : 0); });
+    if (n <= few)
+      return each_row(out, n * in, [&](size_t o) {
+        fast::dots(w + o * in, x, n, in,
+                   [&](size_t r, float sum) { y[r * out + o] = sum + (add ? y[r * out + o] : 0); });
+      });
     const size_t panel = panel_rows(out);
     each_panel(out, panel, panel * in, [&](size_t o, size_t rows, float* wide) {
       widen(wide, w + o * in, rows * in);
@@ -274,11 +279,12 @@ struct Cpu {
   void keys_values(LayerCache<float>& cache, float* k, float* v, const float* a, const bf16* wk, const bf16* wv,
                    const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
     const size_t width = n_kv_heads * head_dim;
-    if (n == 1) {  // in one loop, for each has little to do
-      counters.product(1, d, 2 * width);
-      each_row(2 * width, d, [&](size_t o) {
-        if (o < width) k[o] = dot(wk + o * d, a, d);
-        else v[o - width] = dot(wv + (o - width) * d, a, d);
+    if (n <= few) {  // in one loop, for each has little to do
+      counters.product(n, d, 2 * width);
+      each_row(2 * width, n * d, [&](size_t o) {
+        const size_t i = o % width;
+        fast::dots((o < width ? wk : wv) + i * d, a, n, d,
+                   [&](size_t r, float sum) { (o < width ? k : v)[r * width + i] = sum; });
       });
     } else {
       matmul_pair(a, wk, wv, n, d, width, [&](size_t r, size_t o, const float* key, const float* value, size_t m) {
@@ -292,9 +298,12 @@ struct Cpu {
 
   // gate = silu(a wg^T) * (a wu^T)          a [n, d]; wg, wu [f, d]; gate [n, f]
   void gated(float* gate, float*, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
-    if (n == 1) {
-      counters.product(1, d, 2 * f);
-      return each_row(f, 2 * d, [&](size_t o) { gate[o] = silu(dot(wg + o * d, a, d)) * dot(wu + o * d, a, d); });
+    if (n <= few) {
+      counters.product(n, d, 2 * f);
+      return each_row(f, 2 * n * d, [&](size_t o) {
+        fast::dots(wg + o * d, a, n, d, [&](size_t r, float sum) { gate[r * f + o] = silu(sum); });
+        fast::dots(wu + o * d, a, n, d, [&](size_t r, float sum) { gate[r * f + o] *= sum; });
+      });
     }
     matmul_pair(a, wg, wu, n, d, f, [&](size_t r, size_t o, const float* g, const float* u, size_t m) {
       float* to = gate + r * f + o;
@@ -319,9 +328,9 @@ struct Cpu {
   }
 
   void rope(float* x, const float* cos, const float* sin, size_t n, size_t heads, size_t head_dim) {
-#pragma omp parallel for if (n > 1)
-    for (size_t r = 0; r < n; ++r)
-      definition::rope(x + r * heads * head_dim, cos + r * head_dim / 2, sin + r * head_dim / 2, 1, heads, head_dim);
+    const size_t width = heads * head_dim, half = head_dim / 2;
+    each_row(n, width,
+             [&](size_t r) { definition::rope(x + r * width, cos + r * half, sin + r * half, 1, heads, head_dim); });
   }
 
   // Appends n slots to a layer's cache.          k, v [n, n_kv_heads, head_dim]; precondition: they fit
@@ -335,69 +344,20 @@ struct Cpu {
     cache.used += n;
   }
 
-  // Scores and sums are made a block of slots at a time, the softmax is kept running (Milakov & Gimelshein, arXiv
-  // 1805.02867), so no matrix of rows x slots ever exists.
   void attention(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
                  size_t n_kv_heads, size_t head_dim) {
     counters.attention(n, seen, n_heads, n_kv_heads, head_dim, sizeof(float));
-    if (n == 1) return attend_one(o, q, cache, seen, n_heads, n_kv_heads, head_dim);
-    // Many rows: for a block of rows and the query heads that share a key head, scores and values are matrix products.
-    constexpr size_t row_block = 64;
-    const size_t blocks = (n + row_block - 1) / row_block, group = n_heads / n_kv_heads, width = n_heads * head_dim;
-    const float scale = 1 / std::sqrt(float(head_dim));
-#pragma omp parallel
-    {
-      const size_t most_rows = group * row_block;
-      std::vector<float> query(most_rows * head_dim), out(most_rows * head_dim), score(most_rows * slot_block),
-          most(most_rows), sum(most_rows);
-#pragma omp for schedule(dynamic)
-      for (size_t item = 0; item < blocks * n_kv_heads; ++item) {  // the last rows see most, so they are begun first
-        const size_t r0 = (blocks - 1 - item / n_kv_heads) * row_block, g = item % n_kv_heads,
-                     rows = std::min(row_block, n - r0), all = rows * group, first = g * cache.capacity * head_dim;
-        // Row r of head g * group + j is row r * group + j here.
-        for (size_t r = 0; r < rows; ++r)
-          std::copy_n(q + (r0 + r) * width + g * group * head_dim, group * head_dim,
-                      query.data() + r * group * head_dim);
-        std::fill(out.begin(), out.end(), 0.0f);
-        std::fill(most.begin(), most.end(), -INFINITY);
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (size_t s0 = 0; s0 < seen + r0 + rows - 1; s0 += slot_block) {
-          const size_t slots = std::min(slot_block, seen + r0 + rows - 1 - s0);
-          const float *k = cache.k + first + s0 * head_dim, *v = cache.v + first + s0 * head_dim;
-          cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(all), int(slots), int(head_dim), scale, query.data(),
-                      int(head_dim), k, int(head_dim), 0, score.data(), int(slot_block));
-          for (size_t i = 0; i < all; ++i) {
-            const size_t sees = seen + r0 + i / group, visible = sees > s0 ? std::min(slots, sees - s0) : 0;
-            softmax_step(score.data() + i * slot_block, visible, slots, most[i], sum[i], out.data() + i * head_dim,
-                         head_dim);
-          }
-          cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, int(all), int(head_dim), int(slots), 1, score.data(),
-                      int(slot_block), v, int(head_dim), 1, out.data(), int(head_dim));
-        }
-        for (size_t i = 0; i < all; ++i)
-          for (size_t e = 0; e < head_dim; ++e)
-            o[(r0 + i / group) * width + (g * group + i % group) * head_dim + e] = out[i * head_dim + e] / sum[i];
-      }
-    }
+    if (n > 1) return fast::attend_rows(o, q, cache, n, seen, n_heads, n_kv_heads, head_dim);
+    auto row = [&](auto size) {
+      fast::attend_row(o, q, cache, seen, n_heads, n_kv_heads, size, parts_,
+                       seen * n_heads * head_dim > worth_threads / 2);
+    };
+    if (head_dim == 64) row(std::integral_constant<size_t, 64>());
+    else if (head_dim == 128) row(std::integral_constant<size_t, 128>());
+    else row(head_dim);
   }
 
-  static float silu(float x) { return x / (1 + exp(-x)); }
-
-  // e^x to 2 ulp, in steps the compiler can vectorise (it cannot vectorise std::exp): e^x = 2^n e^r with |r| <= ln2 /
-  // 2, e^r by its polynomial (Cephes). Below -87 it stays at e^-87 instead of going to 0; NaN stays NaN.
-  static float exp(float x) {
-    x = std::min(std::max(x, -87.0f), 88.0f);
-    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // rounds to a whole number
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    // The last bits of `shifted` are n; a conversion to int would not be defined where x is NaN.
-    return (p * r * r + r + 1) * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
-  }
+  static float silu(float x) { return x / (1 + fast::exp(-x)); }
 
  private:
   std::vector<Buffer<float>> room_;  // [threads], a panel of weights in fp32, and a pair's results
@@ -407,7 +367,11 @@ struct Cpu {
   // are read fastest, and two processors rarely get an equal share of the memory's bandwidth.
   template <class Work>
   static void each_row(size_t rows, size_t terms, Work work) {
-#pragma omp parallel for schedule(guided, 8) if (rows * terms > worth_threads)
+    if (rows * terms <= worth_threads) {
+      for (size_t o = 0; o < rows; ++o) work(o);
+      return;
+    }
+#pragma omp parallel for schedule(guided, 8)
     for (size_t o = 0; o < rows; ++o) work(o);
   }
 
@@ -456,172 +420,6 @@ struct Cpu {
 #pragma omp simd
     for (size_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(uint32_t(x[i].bits) << 16);
   }
-
-  // Asking for what lies some lines ahead reads up to two thirds faster: the processor's own prefetcher stops at the
-  // end of each 4 KiB page. (Asking beyond the end of the file does nothing.) One line at a time: a processor keeps few
-  // requests open, and waits where a whole row is asked for at once.
-  static float dot(const bf16* w, const float* x, size_t n) {
-    constexpr size_t width = 32, near = 256, far = 2048;  // sums at once: a line of weights; weights ahead
-    float sum[width] = {}, all = 0;
-    size_t i = 0;
-    for (; i + width <= n; i += width) {
-      __builtin_prefetch(w + i + far, 0, 2);  // to the second-level cache
-      __builtin_prefetch(w + i + near);
-#pragma omp simd
-      for (size_t j = 0; j < width; ++j) sum[j] += std::bit_cast<float>(uint32_t(w[i + j].bits) << 16) * x[i + j];
-    }
-    for (; i < n; ++i) sum[0] += std::bit_cast<float>(uint32_t(w[i].bits) << 16) * x[i];
-#pragma omp simd reduction(+ : all)
-    for (size_t j = 0; j < width; ++j) all += sum[j];
-    return all;
-  }
-
-  static constexpr size_t slot_block = 256;
-
-  // One row: every thread takes blocks of slots for all heads that share them, so that the cache is read once; the
-  // parts are joined at the end, always in the same order (flash-decoding: Dao et al., 2023).
-  void attend_one(float* o, const float* q, const LayerCache<float>& cache, size_t seen, size_t n_heads,
-                  size_t n_kv_heads, size_t head_dim) {
-    const size_t blocks = (seen + slot_block - 1) / slot_block, group = n_heads / n_kv_heads, part = head_dim + 2;
-    const float scale = 1 / std::sqrt(float(head_dim));
-    parts_.resize(n_heads * blocks * part);  // [n_heads, blocks]: sum of weighted values, sum of weights, largest score
-#pragma omp parallel for collapse(2) schedule(dynamic) if (seen * n_heads * head_dim > worth_threads / 2)
-    for (size_t g = 0; g < n_kv_heads; ++g)
-      for (size_t b = 0; b < blocks; ++b) {
-        const size_t s0 = b * slot_block, slots = std::min(slot_block, seen - s0),
-                     first = (g * cache.capacity + s0) * head_dim;
-        for (size_t h = g * group; h < (g + 1) * group; ++h) {
-          float score[slot_block], *out = parts_.data() + (h * blocks + b) * part;
-          scores(score, q + h * head_dim, cache.k + first, h % group == 0 ? cache.v + first : nullptr, slots, head_dim,
-                 scale);
-          std::fill_n(out, part, 0.0f);
-          out[head_dim + 1] = -INFINITY;
-          softmax_step(score, slots, slots, out[head_dim + 1], out[head_dim], out, head_dim);
-          add_values(out, score, cache.v + first, slots, head_dim);
-        }
-      }
-    for (size_t h = 0; h < n_heads; ++h) {
-      const float* all = parts_.data() + h * blocks * part;
-      float most = -INFINITY, sum = 0;
-      for (size_t b = 0; b < blocks; ++b) most = std::max(most, all[b * part + head_dim + 1]);
-      std::fill_n(o + h * head_dim, head_dim, 0.0f);
-      for (size_t b = 0; b < blocks; ++b) {
-        const float weight = exp(all[b * part + head_dim + 1] - most);
-        sum += weight * all[b * part + head_dim];
-        for (size_t i = 0; i < head_dim; ++i) o[h * head_dim + i] += weight * all[b * part + i];
-      }
-      for (size_t i = 0; i < head_dim; ++i) o[h * head_dim + i] /= sum;
-    }
-  }
-
-  // score [slots] = scale * k q          k, v [slots, head_dim]; q [head_dim]
-  // Where v is given it asks for the values too, and for keys some lines ahead: the first head of those that share them
-  // waits for memory once instead of twice.
-  static void scores(float* score, const float* q, const float* k, const float* v, size_t slots, size_t head_dim,
-                     float scale) {
-    constexpr size_t width = 16, ahead = 512;  // sums at once; values
-    for (size_t s = 0; s < slots; ++s) {
-      const float* key = k + s * head_dim;
-      for (size_t i = 0; v && i < head_dim; i += width) {
-        __builtin_prefetch(key + ahead + i);
-        __builtin_prefetch(v + s * head_dim + i);
-      }
-      float sum[width] = {}, all = 0;
-      size_t i = 0;
-      for (; i + width <= head_dim; i += width)
-#pragma omp simd
-        for (size_t j = 0; j < width; ++j) sum[j] += q[i + j] * key[i + j];
-      for (; i < head_dim; ++i) sum[0] += q[i] * key[i];
-#pragma omp simd reduction(+ : all)
-      for (size_t j = 0; j < width; ++j) all += sum[j];
-      score[s] = all * scale;
-    }
-  }
-
-  // out [head_dim] += weight [slots] v [slots, head_dim], 32 columns at a time, whose sums stay in registers.
-  static void add_values(float* out, const float* weight, const float* v, size_t slots, size_t head_dim) {
-    constexpr size_t width = 32;
-    for (size_t i = 0; i < head_dim; i += width) {
-      float sum[width] = {};
-      const size_t n = std::min(width, head_dim - i);
-      if (n == width) {
-        for (size_t s = 0; s < slots; ++s)
-#pragma omp simd
-          for (size_t j = 0; j < width; ++j) sum[j] += weight[s] * v[s * head_dim + i + j];
-      } else {
-        for (size_t s = 0; s < slots; ++s)
-          for (size_t j = 0; j < n; ++j) sum[j] += weight[s] * v[s * head_dim + i + j];
-      }
-      for (size_t j = 0; j < n; ++j) out[i + j] += sum[j];
-    }
-  }
-
-  // Takes one more block of a row's scores into its running softmax: scores become weights e^(score - most), those past
-  // `visible` become 0, and what was summed before is scaled to the new maximum.
-  static void softmax_step(float* score, size_t visible, size_t slots, float& most, float& sum, float* out,
-                           size_t head_dim) {
-    float block_most = most;
-#pragma omp simd reduction(max : block_most)
-    for (size_t s = 0; s < visible; ++s) block_most = score[s] > block_most ? score[s] : block_most;
-    const float factor = most == block_most ? 1.0f : exp(most - block_most);
-    float block_sum = 0;
-#pragma omp simd reduction(+ : block_sum)
-    for (size_t s = 0; s < visible; ++s) block_sum += score[s] = exp(score[s] - block_most);
-    std::fill(score + visible, score + slots, 0.0f);
-    if (factor != 1.0f)
-      for (size_t i = 0; i < head_dim; ++i) out[i] *= factor;
-    sum = sum * factor + block_sum;
-    most = block_most;
-  }
-};
-
-// ---- sampling -----------------------------------------------------------------------------------------------------
-
-struct Sampling {
-  float temperature = 0;  // 0: greedy
-  int top_k = 0;          // 0: off
-  float top_p = 1;        // 1: off
-  float min_p = 0;        // 0: off
-  uint64_t seed = 0;
-};
-
-// Draws a token: the most likely top_k; of these the fewest whose probabilities reach top_p (Holtzman et al., arXiv
-// 1904.09751); of these the ones at least min_p times as likely as the likeliest; from what is left by softmax(logits /
-// temperature). The same seed draws the same tokens on every machine.
-class Sampler {
- public:
-  explicit Sampler(const Sampling& s) : s_(s), random_(s.seed) {}
-
-  int operator()(const float* logits, size_t vocab) {
-    const int best = arg_max(logits, vocab);
-    if (s_.temperature == 0) return best;
-    order_.resize(vocab);
-    for (size_t i = 0; i < vocab; ++i) order_[i] = int(i);
-    auto likelier = [&](int a, int b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
-    std::sort(order_.begin(), order_.end(), likelier);
-    if (s_.top_k > 0) order_.resize(std::min<size_t>(vocab, s_.top_k));
-    auto weight = [&](int id, double t) { return std::exp((double(logits[id]) - logits[best]) / t); };
-    if (s_.top_p < 1) {
-      double all = 0, sum = 0;
-      for (int id : order_) all += weight(id, 1);
-      size_t n = 0;
-      while (n < order_.size() && sum < s_.top_p * all) sum += weight(order_[n++], 1);
-      order_.resize(std::max<size_t>(n, 1));
-    }
-    size_t n = order_.size();
-    while (n > 1 && weight(order_[n - 1], 1) < s_.min_p) --n;
-    double all = 0;
-    for (size_t i = 0; i < n; ++i) all += weight(order_[i], s_.temperature);
-    double left = double(random_() >> 11) * 0x1p-53 * all;
-    for (size_t i = 0; i + 1 < n; ++i)
-      if ((left -= weight(order_[i], s_.temperature)) < 0) return order_[i];
-    return order_[n - 1];
-  }
-
- private:
-  Sampling s_;
-  std::mt19937_64 random_;
-  std::vector<int> order_;
 };
 
 }  // namespace speed

@@ -3,6 +3,7 @@
 
 #include "backend.h"
 #include "request.h"
+#include "sampling.h"
 
 namespace speed {
 

@@ -4,6 +4,7 @@
 // 2^-24, and about sqrt(n) u for random signs. With n up to 1,000 that is 2e-6; 1e-5 leaves a factor for the norm of a
 // result that is smaller than its terms. The definitions sum in double, so all of the error is the fast version's.
 #include "helpers.h"
+#include "sampling.h"
 
 using namespace test;
 
@@ -19,6 +20,8 @@ TEST_CASE("matmul", "[ops]") {
                             {2, 64, 5},
                             {3, 33, 257},
                             {7, 100, 256},
+                            {8, 321, 40},
+                            {9, 321, 40},
                             {65, 129, 513},
                             {130, 1000, 70}})
     for (bool add : {false, true}) {
@@ -60,6 +63,8 @@ TEST_CASE("attention", "[ops]") {
   for (const Case& c : {Case{1, 1, 1, 1, 2},
                         {1, 1000, 9, 3, 64},
                         {1, 257, 8, 1, 32},
+                        {1, 700, 20, 1, 128},
+                        {1, 263, 11, 1, 20},
                         {2, 1, 2, 2, 8},
                         {63, 1, 3, 1, 16},
                         {64, 256, 4, 4, 8},
@@ -95,9 +100,9 @@ TEST_CASE("silu, rope and exp", "[ops]") {
   for (float& x : gate) x = Cpu::silu(x);
   definition::swiglu(ref.data(), up.data(), ref.size());
   CHECK(relative_error(gate, ref) < 1e-6);
-  for (float x = -87; x < 88; x += 0.0137f) REQUIRE(Cpu::exp(x) == Approx(std::exp(double(x))).epsilon(3e-7));
-  CHECK(std::isnan(Cpu::exp(NAN)));
-  CHECK(Cpu::exp(-INFINITY) < 1e-37f);
+  for (float x = -87; x < 88; x += 0.0137f) REQUIRE(fast::exp(x) == Approx(std::exp(double(x))).epsilon(3e-7));
+  CHECK(std::isnan(fast::exp(NAN)));
+  CHECK(fast::exp(-INFINITY) < 1e-37f);
 
   // A rotation keeps the length of each pair, and turning by a + b is turning by a, then by b.
   const size_t n = 5, heads = 3, e = 16;
@@ -121,7 +126,7 @@ TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]")
   Cpu cpu;
   Random random(6);
   const size_t d = 300, heads = 3, e = 16, width = heads * e, f = 550, used = 2, capacity = 700;
-  for (size_t n : {1, 2, 65, 600}) {
+  for (size_t n : {1, 2, 7, 9, 65, 600}) {
     INFO(n << " rows");
     const auto a = random.normal(n * d), cos = random.normal(n * e / 2), sin = random.normal(n * e / 2);
     const auto wk = random.weights(width * d, 0.1f), wv = random.weights(width * d, 0.1f);
@@ -156,6 +161,44 @@ TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]")
     definition::swiglu(gate_ref.data(), up_ref.data(), n * f);
     CHECK(worst_row(gate, gate_ref, f) < tolerance);
     CHECK(worst_row(gate, exchanged, f) > tolerance);
+  }
+}
+
+TEST_CASE("a row gives the same bits alone and among a few", "[ops]") {
+  Cpu cpu;
+  Random random(7);
+  const size_t n = Cpu::few, d = 333, heads = 2, e = 18, width = heads * e, f = 70;
+  const auto a = random.normal(n * d), cos = random.normal(n * e / 2), sin = random.normal(n * e / 2);
+  const auto w1 = random.weights(f * d, 0.1f), w2 = random.weights(f * d, 0.1f);
+  struct Results {
+    std::vector<float> product, gated, keys, values;
+  };
+  auto run = [&](size_t first, size_t rows) {
+    Results r{std::vector<float>(rows * f), std::vector<float>(rows * f), std::vector<float>(rows * width),
+              std::vector<float>(rows * width)};
+    std::vector<float> up(rows * f), k(rows * width), v(rows * width);
+    LayerCache<float> cache{r.keys.data(), r.values.data(), rows};
+    const float *x = &a[first * d], *c = &cos[first * e / 2], *s = &sin[first * e / 2];
+    cpu.matmul(r.product.data(), x, w1.data(), rows, d, f);
+    cpu.gated(r.gated.data(), up.data(), x, w1.data(), w2.data(), rows, d, f);
+    cpu.keys_values(cache, k.data(), v.data(), x, w1.data(), w2.data(), c, s, rows, d, heads, e);
+    return r;
+  };
+  auto row = [](const std::vector<float>& all, size_t r, size_t size) {
+    return std::span(all).subspan(r * size, size);
+  };
+  for (size_t many = 2; many <= n; ++many) {
+    const Results together = run(0, many);
+    for (size_t r = 0; r < many; ++r) {
+      const Results alone = run(r, 1);
+      INFO("row " << r << " of " << many);
+      CHECK(same_bits(row(together.product, r, f), alone.product));
+      CHECK(same_bits(row(together.gated, r, f), alone.gated));
+      for (size_t h = 0; h < heads; ++h) {
+        CHECK(same_bits(row(together.keys, h * many + r, e), row(alone.keys, h, e)));
+        CHECK(same_bits(row(together.values, h * many + r, e), row(alone.values, h, e)));
+      }
+    }
   }
 }
 
