@@ -1,8 +1,9 @@
 // bench.h - how fast, beside how fast this machine could be.
 //
-// Two ceilings are measured in the same run: the rate at which all threads together read memory, and the rate of their
-// best matrix products. Each test is then shown as a share of the ceiling that bounds it, beside the time no program
-// could beat here: max(FLOPs / ceiling, bytes / ceiling), by the cost model's counts.
+// Two ceilings are measured before and after every repetition of every test, because a shared machine changes from minute
+// to minute: the rate at which all threads together read memory, and the rate of their best matrix products. They give the
+// time no program could beat just then, max(FLOPs / ceiling, bytes / ceiling) by the cost model's counts; the share shown
+// is that time's part of the time taken.
 #pragma once
 
 #include <array>
@@ -137,12 +138,25 @@ inline void flush(Gpu& gpu) {
 
 struct BenchTest {
   Policy policy;
-  size_t prompt = 0;  // tokens of prompt to take in, or
-  size_t gen = 0;     // steps to generate, with
-  size_t depth = 0;   // tokens already taken in
-  std::vector<double> seconds;
-  Counters counted;  // of one repetition
+  size_t prompt = 0;      // tokens of prompt to take in, or
+  size_t gen = 0;         // steps to generate, with
+  size_t depth = 0;       // tokens already taken in
+  Counters counted = {};  // of one repetition
+  std::vector<double> seconds = {};
+  std::vector<Ceilings> ceilings = {};  // around each
+
+  // Seconds that no program could beat under these ceilings. A prompt reads its weights while it computes.
+  double floor(const Ceilings& c) const {
+    const double bytes = gen ? double(counted.weight_bytes + counted.kv_bytes) : 0;
+    return std::max(double(counted.flops) / c.gflops, bytes / c.gbps) / 1e9;
+  }
 };
+
+inline Ceilings median(const std::vector<Ceilings>& all) {
+  std::vector<double> gflops, gbps;
+  for (const Ceilings& c : all) gflops.push_back(c.gflops), gbps.push_back(c.gbps);
+  return {median(gflops), median(gbps)};
+}
 
 // One repetition, with fixed token ids: what they are does not change the work.
 template <class B>
@@ -169,8 +183,7 @@ void run_bench_test(BenchTest& t, const Model& model, size_t chunk, B& backend) 
 }
 
 template <class B>
-Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ceilings, const std::string& commit,
-                  const B& backend) {
+Table bench_table(const std::vector<BenchTest>& tests, const std::string& commit, const B& backend) {
   Table table({{"test", "test"},
                {"policy", ""},
                {"name", "policy"},
@@ -202,12 +215,15 @@ Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ceilings,
     return v.size() > 1 ? std::sqrt(sum / double(v.size() - 1)) : 0.0;
   };
   for (const BenchTest& t : tests) {
-    std::vector<double> ns, rate;
-    for (double s : t.seconds) ns.push_back(s * 1e9), rate.push_back(double(t.prompt + t.gen) / s);
+    std::vector<double> ns, rate, share;
+    for (size_t i = 0; i < t.seconds.size(); ++i) {
+      ns.push_back(t.seconds[i] * 1e9);
+      rate.push_back(double(t.prompt + t.gen) / t.seconds[i]);
+      share.push_back(t.floor(t.ceilings[i]) / t.seconds[i]);
+    }
     const double typical = median(t.seconds), bytes = double(t.counted.weight_bytes + t.counted.kv_bytes);
     const double gflops = double(t.counted.flops) / typical / 1e9, gbps = t.gen ? bytes / typical / 1e9 : 0;
-    const double floor =
-        std::max(double(t.counted.flops) / ceilings.gflops / 1e9, t.gen ? bytes / ceilings.gbps / 1e9 : 0);
+    const Ceilings ceilings = median(t.ceilings);
     const std::string what =
         t.prompt ? "prompt " + std::to_string(t.prompt)
                  : "generate " + std::to_string(t.gen) + (t.depth ? " @ " + std::to_string(t.depth) : "");
@@ -227,10 +243,10 @@ Table bench_table(const std::vector<BenchTest>& tests, const Ceilings& ceilings,
                rate,
                {gflops, fixed(gflops, 0)},
                {t.gen ? json(gbps) : json(), t.gen ? fixed(gbps, 1) : "-"},
-               {floor / typical, fixed(100 * floor / typical, 0) + " %"},
+               {median(share), fixed(100 * median(share), 0) + " %"},
                ceilings.gflops,
                ceilings.gbps,
-               floor * 1e9,
+               t.floor(ceilings) * 1e9,
                B::name,
                omp_get_max_threads(),
                peak_bytes(backend),
@@ -249,10 +265,10 @@ int run_bench(const Options& o, json& record, Model& model, B& backend) {
   for (const Policy& p : bench_policies(o, c, o.shape.empty())) {
     for (int n : prompts) {
       if (n == 0) throw Error(2, "-p 0", "a prompt has one token or more", "give lengths from 1, or -p '' for none");
-      tests.push_back({p, size_t(n), 0, 0, {}, {}});
+      tests.push_back({.policy = p, .prompt = size_t(n)});
     }
     if (o.n > 0)
-      for (int depth : depths) tests.push_back({p, 0, size_t(o.n), size_t(depth), {}, {}});
+      for (int depth : depths) tests.push_back({.policy = p, .gen = size_t(o.n), .depth = size_t(depth)});
   }
   if (tests.empty()) throw Error(2, "bench", "there is nothing to time", "give -p, -n or --policy a value");
   for (const BenchTest& t : tests)
@@ -261,27 +277,29 @@ int run_bench(const Options& o, json& record, Model& model, B& backend) {
                   "a test of " + std::to_string(t.prompt + t.depth + t.gen) + " tokens exceeds the model's " +
                       std::to_string(c.context),
                   "shorten it");
-  std::vector<double> gflops, gbps;  // ceilings, taken in turn with the tests, because a shared machine changes
   Progress progress("bench");
-  for (int round = -1; round < o.repetitions; ++round) {  // round -1 is not counted: it brings the weights into memory
-    const Ceilings now = measure_ceilings(backend, c.shape);
-    if (round >= 0) gflops.push_back(now.gflops), gbps.push_back(now.gbps);
+  Ceilings before = measure_ceilings(backend, c.shape);
+  for (int round = -1; round < o.repetitions; ++round)  // round -1 is not counted: it brings the weights into memory
     for (size_t i = 0; i < tests.size(); ++i) {
       if (interrupted) throw Interrupted{};
       run_bench_test(tests[i], model, size_t(o.chunk), backend);
-      if (round < 0) tests[i].seconds.clear();
+      const Ceilings after = measure_ceilings(backend, c.shape);
+      tests[i].ceilings.push_back({(before.gflops + after.gflops) / 2, (before.gbps + after.gbps) / 2});
+      before = after;
+      if (round < 0) tests[i].seconds.clear(), tests[i].ceilings.clear();
       progress.update((double(round + 1) + double(i + 1) / double(tests.size())) / (o.repetitions + 1));
     }
-  }
   progress.clear();
-  const Ceilings ceilings = {median(gflops), median(gbps)};
-  const Table table = bench_table(tests, ceilings, SPEED_COMMIT, backend);
+  std::vector<Ceilings> ceilings;
+  for (const BenchTest& t : tests) ceilings.insert(ceilings.end(), t.ceilings.begin(), t.ceilings.end());
+  const Ceilings typical = median(ceilings);
+  const Table table = bench_table(tests, SPEED_COMMIT, backend);
   if (o.format == "json") {
     std::cout << table.rows_as_json().dump(2) << "\n";
   } else {
     if (o.format == "text")
-      std::cout << c.shape.name << ", " << hardware(backend) << "\nceilings here: " << fixed(ceilings.gflops, 0)
-                << " GFLOP/s of products, " << fixed(ceilings.gbps, 1) << " GB/s read; each test " << o.repetitions
+      std::cout << c.shape.name << ", " << hardware(backend) << "\nceilings here: " << fixed(typical.gflops, 0)
+                << " GFLOP/s of products, " << fixed(typical.gbps, 1) << " GB/s read; each test " << o.repetitions
                 << " times, in turn\n\n";
     table.print(std::cout, o.format);
   }
