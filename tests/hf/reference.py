@@ -203,6 +203,25 @@ def double_precision(loaded):
         model.float()  # exact: the weights came from bf16
 
 
+@contextlib.contextmanager
+def rounded_otherwise(loaded, seed):
+    """The model with the weights of its products off in the last bit, at random: a product's result is then off by about
+    as much as the order of its sum, which is any program's own choice, puts it off."""
+    model, swiftkv, config = loaded
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [p for p in [*model.parameters(), *swiftkv.values()] if p.dim() == 2]
+    before = [p.detach().clone() for p in matrices]
+    with torch.no_grad():
+        for p in matrices:
+            p.mul_(1 + 2.0**-23 * torch.randint(-1, 2, p.shape, generator=generator))
+    try:
+        yield loaded
+    finally:
+        with torch.no_grad():
+            for p, x in zip(matrices, before):
+                p.copy_(x)
+
+
 # ---- planted faults --------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager

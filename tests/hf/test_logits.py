@@ -4,7 +4,8 @@
 
 Every row of logits must be within 2e-5 of Hugging Face's, relative to its norm, and greedy texts must be the same.
 Where a policy wrecks a model that was not trained for it, rounding errors grow beyond that, in Hugging Face too. Such a
-case is compared with Hugging Face in float64, and may be UNSTABLE times as far from it as Hugging Face's own fp32 is.
+case is compared with Hugging Face in float64, and may be UNSTABLE times as far from it as Hugging Face's fp32 comes when
+it is run a few times with other rounding errors: once may be luck, and was, by a factor of nine.
 Faults planted in the reference must make the comparison fail, so that a pass means something. About ten minutes on two
 cores; --quick leaves out the long texts and most K on SmolLM2.
 """
@@ -32,7 +33,7 @@ from places import CACHE, SMOLLM2, SPEED
 from random_models import expected_tensors, export_weights
 
 TOLERANCE = 2e-5
-UNSTABLE = 5  # times Hugging Face's own distance from float64
+UNSTABLE, RUNS = 5, 4  # times the largest distance from float64 of so many fp32 runs, and the one without noise
 
 
 class Results:
@@ -113,6 +114,9 @@ def compare(model, loaded, tokens, split, chunk=None, **policy):
         with reference.double_precision(loaded) as exact:
             exact = reference.logits(exact, tokens, split, **policy)
         ours, theirs = difference(got, exact), difference(expected, exact)
+        for seed in range(RUNS):
+            with reference.rounded_otherwise(loaded, seed):
+                theirs = max(theirs, difference(reference.logits(loaded, tokens, split, **policy), exact))
         distances = f"{name}: {ours:.1e} from float64, Hugging Face's fp32 {theirs:.1e}"
         results.check(name, ours <= UNSTABLE * theirs, distances)
         results.unstable.append(distances)
