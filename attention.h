@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cblas.h>
-#include <omp.h>
 
 #include <cmath>
 #include <type_traits>

@@ -1,4 +1,4 @@
-// vectors.h - what the fast versions of a CPU's operations stand on: the processor's vectors, and e^x for them.
+// vectors.h - what the fast versions of a CPU's operations stand on: the processor's vectors, sums of products, e^x.
 //
 // GCC's and clang's vector extensions: + and * work on all lanes at once, a float on one side meets every lane.
 #pragma once
@@ -88,7 +88,7 @@ void dots(const bf16* w, const float* x, size_t rows, size_t n, Use use, size_t 
   if constexpr (R > 1) dots<R - 1>(w, x, rows, n, use, r);
 }
 
-// e^x to 2 ulp, in steps the compiler can vectorise (std::exp it cannot; and this GCC only with -fno-trapping-math):
+// e^x to 2 ulp, in steps the compiler can vectorise (std::exp it cannot; GCC needs -fno-trapping-math even for these):
 // e^x = 2^n e^r with |r| <= ln2 / 2, e^r by its polynomial (Cephes). Below -87 it stays at e^-87 instead of going to 0;
 // NaN stays NaN.
 inline float exp(float x) {
