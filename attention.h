@@ -130,7 +130,8 @@ void add_values(float* out, const float* weight, const float* v, size_t slots, S
 }
 
 // Some heads that share keys and values, over one block of slots: of each head the sum of its weighted values, the sum
-// of its weights and its largest score.          parts [heads, head_dim + 2]; q [heads, head_dim]; k, v [slots, head_dim]
+// of its weights and its largest score.
+// parts [heads, head_dim + 2]; q [heads, head_dim]; k, v [slots, head_dim]
 template <class Size>
 void attend_block(float* parts, const float* q, const float* k, const float* v, size_t heads, size_t slots,
                   Size head_dim, float scale) {

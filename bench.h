@@ -1,7 +1,7 @@
 // bench.h - how fast, beside how fast this machine could be.
 //
 // Two ceilings are measured before and after every repetition of every test, because a shared machine changes from
-// minute to minute: the rate at which all threads together read memory, and the rate of their best matrix products. They
+// minute to minute: the rate at which all threads together read memory, and that of their best matrix products. They
 // give the time no program could beat just then, max(FLOPs / ceiling, bytes / ceiling) by the cost model's counts; the
 // share shown is that time's part of the time taken.
 #pragma once
