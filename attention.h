@@ -1,13 +1,16 @@
 // attention.h - the CPU's attention, made fast. What it computes is definition::attention in cpu.h.
 //
 // Slots are taken a block at a time with a running softmax (Milakov & Gimelshein, arXiv 1805.02867), so no matrix of
-// rows x slots ever exists. Many rows are bound by arithmetic: OpenBLAS makes their products. A single row is bound by
-// the reading of the cache, so each key and value is read once, for all the query heads that share it.
+// rows x slots ever exists. Many rows are bound by arithmetic: their scores stay in the first cache from one product to
+// the next. A single row is bound by the reading of the cache, so each key and value is read once, for all the query
+// heads that share it.
 #pragma once
 
-#include <cblas.h>
-
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <memory>
+#include <span>
 #include <type_traits>
 #include <vector>
 
@@ -15,65 +18,103 @@
 
 namespace speed::fast {
 
-constexpr size_t slot_block = 256;  // slots taken at once
-
-// Takes one more block of a row's scores into its running softmax: scores become weights e^(score - most), those past
-// `visible` become 0, and what was summed before is scaled to the new maximum.          score [slots]; out [head_dim]
-inline void softmax_step(float* score, size_t visible, size_t slots, float& most, float& sum, float* out,
-                         size_t head_dim) {
-  float block_most = most;
-#pragma omp simd reduction(max : block_most)
-  for (size_t s = 0; s < visible; ++s) block_most = score[s] > block_most ? score[s] : block_most;
-  const float factor = most == block_most ? 1.0f : exp(most - block_most);
-  float block_sum = 0;
-#pragma omp simd reduction(+ : block_sum)
-  for (size_t s = 0; s < visible; ++s) block_sum += score[s] = exp(score[s] - block_most);
-  std::fill(score + visible, score + slots, 0.0f);
-  if (factor != 1.0f)
-    for (size_t i = 0; i < head_dim; ++i) out[i] *= factor;
-  sum = sum * factor + block_sum;
-  most = block_most;
-}
-
 // ---- many rows ----------------------------------------------------------------------------------------------------
 
-// For a block of rows and the query heads that share a key head, scores and values are matrix products.
+// Query rows lie side by side, as lanes of vectors; keys, values and queries then meet in sums over outer products, and
+// a row's softmax runs down its lane. Rows of all the query heads that share a key head go together.
+
+// One number for each of `tile` query rows.
+struct Columns {
+  Vector part[2];
+  float operator[](size_t j) const { return part[j / lanes][j % lanes]; }
+  void set(size_t j, float x) { part[j / lanes][j % lanes] = x; }
+};
+constexpr size_t tile = 2 * lanes;
+// Sums kept in registers at once: of 32 with AVX-512, of 16 else, two hold a pair of vectors, one a number they meet.
+constexpr size_t sums_at_once = lanes == 16 ? 12 : 6;
+
+// y[r] = sum over i < n of a[r * row + i * step] * b[i], or y[r] += that sum, for r < rows
+template <bool add, size_t R = sums_at_once>
+void product(Columns* y, const float* a, size_t row, size_t step, const Columns* b, size_t n, size_t rows) {
+  for (; rows >= R; rows -= R, y += R, a += R * row) {
+    Vector sum[R][2];
+    for (size_t r = 0; r < R; ++r)
+      for (size_t j = 0; j < 2; ++j) sum[r][j] = add ? y[r].part[j] : Vector{};
+    for (size_t i = 0; i < n; ++i)
+      for (size_t r = 0; r < R; ++r)
+        for (size_t j = 0; j < 2; ++j) sum[r][j] += a[r * row + i * step] * b[i].part[j];
+    for (size_t r = 0; r < R; ++r)
+      for (size_t j = 0; j < 2; ++j) y[r].part[j] = sum[r][j];
+  }
+  if constexpr (R > 1) product<add, R - 1>(y, a, row, step, b, n, rows);
+}
+
+struct QueryTile {
+  static constexpr size_t slot_block = 128;  // their scores, 8 or 16 KiB, fit the first cache
+
+  std::vector<Columns> q, out;  // [head_dim]: scaled queries; sums of weighted values
+  Columns most, sum;            // of the scores, and of their weights
+  size_t sees[tile];            // slots; never fewer than those of the column before
+
+  // Takes one more block of slots, s0 and those after it, into the sums.          k, v [slots, head_dim]
+  void take(const float* k, const float* v, size_t s0, size_t head_dim) {
+    if (sees[tile - 1] <= s0) return;
+    const size_t slots = std::min(slot_block, sees[tile - 1] - s0);
+    Columns score[slot_block];
+    product<false>(score, k, head_dim, 1, q.data(), head_dim, slots);
+    for (size_t s = std::max(sees[0], s0) - s0; s < slots; ++s)
+      for (size_t j = 0; j < tile; ++j)
+        if (sees[j] <= s0 + s) score[s].set(j, -INFINITY);
+    for (size_t j = 0; j < 2; ++j) {
+      Vector block_most = most.part[j], block_sum = {};
+      for (size_t s = 0; s < slots; ++s) block_most = score[s].part[j] > block_most ? score[s].part[j] : block_most;
+      for (size_t s = 0; s < slots; ++s) block_sum += score[s].part[j] = exp(score[s].part[j] - block_most);
+      const Vector factor = exp(most.part[j] - block_most);
+      for (size_t i = 0; i < head_dim; ++i) out[i].part[j] *= factor;
+      sum.part[j] = sum.part[j] * factor + block_sum;
+      most.part[j] = block_most;
+    }
+    product<true>(out.data(), v, 1, head_dim, score, slots, head_dim);
+  }
+};
+
+// A row's result has the same bits however many rows go along with it.
 inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
                         size_t n_kv_heads, size_t head_dim) {
-  constexpr size_t row_block = 64;
+  constexpr size_t row_block = 32;
   const size_t blocks = (n + row_block - 1) / row_block, group = n_heads / n_kv_heads, width = n_heads * head_dim;
   const float scale = 1 / std::sqrt(float(head_dim));
 #pragma omp parallel
   {
-    const size_t most_rows = group * row_block;
-    std::vector<float> query(most_rows * head_dim), out(most_rows * head_dim), score(most_rows * slot_block),
-        most(most_rows), sum(most_rows);
+    const size_t most_tiles = (row_block * group + tile - 1) / tile;
+    const auto room = std::make_unique<QueryTile[]>(most_tiles);  // not a vector: nvcc cannot read one of vectors
+    for (QueryTile& t : std::span(room.get(), most_tiles)) t.q.resize(head_dim), t.out.resize(head_dim);
 #pragma omp for schedule(dynamic)
     for (size_t item = 0; item < blocks * n_kv_heads; ++item) {  // the last rows see most, so they are begun first
       const size_t r0 = (blocks - 1 - item / n_kv_heads) * row_block, g = item % n_kv_heads,
                    rows = std::min(row_block, n - r0), all = rows * group, first = g * cache.capacity * head_dim;
-      // Row r of head g * group + j is row r * group + j here.
-      for (size_t r = 0; r < rows; ++r)
-        std::copy_n(q + (r0 + r) * width + g * group * head_dim, group * head_dim, query.data() + r * group * head_dim);
-      std::fill(out.begin(), out.end(), 0.0f);
-      std::fill(most.begin(), most.end(), -INFINITY);
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (size_t s0 = 0; s0 < seen + r0 + rows - 1; s0 += slot_block) {
-        const size_t slots = std::min(slot_block, seen + r0 + rows - 1 - s0);
-        const float *k = cache.k + first + s0 * head_dim, *v = cache.v + first + s0 * head_dim;
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(all), int(slots), int(head_dim), scale, query.data(),
-                    int(head_dim), k, int(head_dim), 0, score.data(), int(slot_block));
-        for (size_t i = 0; i < all; ++i) {
-          const size_t sees = seen + r0 + i / group, visible = sees > s0 ? std::min(slots, sees - s0) : 0;
-          softmax_step(score.data() + i * slot_block, visible, slots, most[i], sum[i], out.data() + i * head_dim,
-                       head_dim);
+      const std::span tiles(room.get(), (all + tile - 1) / tile);
+      // Column c of all is row r0 + c / group of head g * group + c % group; those past the end repeat the last.
+      auto each_column = [&](auto use) {
+        for (size_t c = 0; c < tiles.size() * tile; ++c) {
+          const size_t at = std::min(c, all - 1), r = r0 + at / group, h = g * group + at % group;
+          use(tiles[c / tile], c % tile, r, r * width + h * head_dim);
         }
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, int(all), int(head_dim), int(slots), 1, score.data(),
-                    int(slot_block), v, int(head_dim), 1, out.data(), int(head_dim));
+      };
+      for (QueryTile& t : tiles) {
+        std::fill(t.out.begin(), t.out.end(), Columns{});
+        for (size_t j = 0; j < 2; ++j) t.most.part[j] = Vector{} - INFINITY, t.sum.part[j] = Vector{};
       }
-      for (size_t i = 0; i < all; ++i)
-        for (size_t e = 0; e < head_dim; ++e)
-          o[(r0 + i / group) * width + (g * group + i % group) * head_dim + e] = out[i * head_dim + e] / sum[i];
+      each_column([&](QueryTile& t, size_t j, size_t r, size_t at) {
+        t.sees[j] = seen + r;
+        for (size_t i = 0; i < head_dim; ++i) t.q[i].set(j, scale * q[at + i]);
+      });
+      for (size_t s0 = 0; s0 < seen + r0 + rows - 1; s0 += QueryTile::slot_block)
+        for (QueryTile& t : tiles)
+          t.take(cache.k + first + s0 * head_dim, cache.v + first + s0 * head_dim, s0, head_dim);
+      each_column([&](const QueryTile& t, size_t j, size_t, size_t at) {
+        for (size_t i = 0; i < head_dim; ++i) o[at + i] = t.out[i][j] / t.sum[j];
+      });
     }
   }
 }
@@ -81,8 +122,19 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
 // ---- one row ------------------------------------------------------------------------------------------------------
 // `Size` is a number, or a type that holds one: loops whose length the compiler knows are twice as fast.
 
+constexpr size_t slot_block = 256;  // slots taken at once
 constexpr size_t heads_at_once = 8;
 constexpr size_t ahead = 1024;  // floats of the cache asked for before they are used
+
+// score = e^(score - most), for the most of all          score [slots]; returns {most, sum of the results}
+inline std::array<float, 2> exponentials(float* score, size_t slots) {
+  float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+  for (size_t s = 0; s < slots; ++s) most = score[s] > most ? score[s] : most;
+#pragma omp simd reduction(+ : sum)
+  for (size_t s = 0; s < slots; ++s) sum += score[s] = exp(score[s] - most);
+  return {most, sum};
+}
 
 // score [heads, slots] = scale * q k^T          k [slots, head_dim]; q [heads, head_dim]
 template <class Size>
@@ -129,8 +181,8 @@ void add_values(float* out, const float* weight, const float* v, size_t slots, S
       for (size_t s = 0; s < slots; ++s) out[i] += weight[s] * v[s * head_dim + i];
 }
 
-// Some heads that share keys and values, over one block of slots: of each head the sum of its weighted values, the sum
-// of its weights and its largest score.
+// Some heads that share keys and values, over one block of slots: of each head the sum of its weighted values, its
+// largest score, and the sum of its weights.
 // parts [heads, head_dim + 2]; q [heads, head_dim]; k, v [slots, head_dim]
 template <class Size>
 void attend_block(float* parts, const float* q, const float* k, const float* v, size_t heads, size_t slots,
@@ -139,10 +191,8 @@ void attend_block(float* parts, const float* q, const float* k, const float* v, 
   float score[heads_at_once][slot_block];
   scores(score, q, k, heads, slots, head_dim, scale);
   for (size_t h = 0; h < heads; ++h) {
-    float *part = parts + h * width, &sum = part[head_dim], &most = part[head_dim + 1];
-    std::fill_n(part, width, 0.0f);
-    most = -INFINITY;
-    softmax_step(score[h], slots, slots, most, sum, part, head_dim);
+    std::fill_n(parts + h * width, size_t(head_dim), 0.0f);
+    std::ranges::copy(exponentials(score[h], slots), parts + h * width + head_dim);
   }
   constexpr size_t step = 8;
   for (size_t s = 0; s < slots; s += step) {
@@ -171,11 +221,11 @@ void attend_row(float* o, const float* q, const LayerCache<float>& cache, size_t
   for (size_t h = 0; h < n_heads; ++h) {
     auto part = [&](size_t b) { return parts.data() + (b * n_heads + h) * width; };
     float most = -INFINITY, sum = 0, *out = o + h * head_dim;
-    for (size_t b = 0; b < blocks; ++b) most = std::max(most, part(b)[head_dim + 1]);
+    for (size_t b = 0; b < blocks; ++b) most = std::max(most, part(b)[head_dim]);
     std::fill_n(out, size_t(head_dim), 0.0f);
     for (size_t b = 0; b < blocks; ++b) {
-      const float weight = exp(part(b)[head_dim + 1] - most);
-      sum += weight * part(b)[head_dim];
+      const float weight = exp(part(b)[head_dim] - most);
+      sum += weight * part(b)[head_dim + 1];
       for (size_t i = 0; i < head_dim; ++i) out[i] += weight * part(b)[i];
     }
     for (size_t i = 0; i < head_dim; ++i) out[i] /= sum;

@@ -1,10 +1,10 @@
 // cpu.h - every operation of the model, defined in plain C++ and then made fast for a CPU.
 //
 // First the definitions (namespace definition): loops that say what is computed and nothing else. They are the oracle
-// of the tests. Then `Cpu`, the same operations as forward.h calls them: many rows through OpenBLAS, few by loops that
-// read each weight once. Activations and cache are fp32, weights bf16 and read where they lie in the file.
-// No result depends on the number of threads: work is cut by sizes fixed for the machine, and every sum is made by one
-// thread.
+// of the tests. Then `Cpu`, the same operations as forward.h calls them: products of many rows through OpenBLAS, of few
+// by loops that read each weight once, attention by attention.h. Activations and cache are fp32, weights bf16 and read
+// where they lie in the file. No result depends on the number of threads: work is cut by sizes fixed for the machine,
+// and every sum is made by one thread.
 #pragma once
 
 #include <cblas.h>

@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "model.h"
 
@@ -22,6 +23,7 @@ constexpr size_t lanes = 8;
 constexpr size_t lanes = 4;
 #endif
 typedef float Vector __attribute__((vector_size(lanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(sizeof(Vector))));
 typedef float Four __attribute__((vector_size(4 * sizeof(float))));
 
 inline Vector load(const float* p) {
@@ -32,10 +34,9 @@ inline Vector load(const float* p) {
 
 inline Vector load(const bf16* p) {
   typedef uint16_t Half __attribute__((vector_size(lanes * sizeof(uint16_t))));
-  typedef uint32_t Whole __attribute__((vector_size(lanes * sizeof(uint32_t))));
   Half bits;
   std::memcpy(&bits, p, sizeof bits);
-  return std::bit_cast<Vector>(__builtin_convertvector(bits, Whole) << 16);
+  return std::bit_cast<Vector>(__builtin_convertvector(bits, Words) << 16);
 }
 
 // The sum of the lanes of each of four vectors: four such sums cost little more than one.
@@ -88,21 +89,23 @@ void dots(const bf16* w, const float* x, size_t rows, size_t n, Use use, size_t 
   if constexpr (R > 1) dots<R - 1>(w, x, rows, n, use, r);
 }
 
-// e^x to 2 ulp, in steps the compiler can vectorise (std::exp it cannot; GCC needs -fno-trapping-math even for these):
-// e^x = 2^n e^r with |r| <= ln2 / 2, e^r by its polynomial (Cephes). Below -87 it stays at e^-87 instead of going to 0;
-// NaN stays NaN.
-inline float exp(float x) {
-  x = std::min(std::max(x, -87.0f), 88.0f);
-  const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // rounds to a whole number
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+// e^x to 2 ulp, of a number or of each lane of a vector, in steps the compiler can vectorise (std::exp it cannot; GCC
+// needs -fno-trapping-math even for these): e^x = 2^n e^r with |r| <= ln2 / 2, e^r by its polynomial (Cephes). It is 0
+// below -87, and stays at e^88 above 88; NaN stays NaN.
+template <class T>
+T exp(T x) {
+  using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, Words>;
+  x = x > 88.0f ? T{} + 88.0f : x;
+  const T shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // rounds to a whole number
+  const T r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  T p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   // The last bits of `shifted` are n; a conversion to int would not be defined where x is NaN.
-  return (p * r * r + r + 1) * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
+  const T y = (p * r * r + r + 1.0f) * std::bit_cast<T>((std::bit_cast<Bits>(shifted) + 127) << 23);
+  return x < -87.0f ? T{} : y;
 }
 
 }  // namespace speed::fast
