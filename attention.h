@@ -49,6 +49,7 @@ void product(Columns* y, const float* a, size_t row, size_t step, const Columns*
   if constexpr (R > 1) product<add, R - 1>(y, a, row, step, b, n, rows);
 }
 
+// `tile` query rows on their way through the slots.
 struct QueryTile {
   static constexpr size_t slot_block = 128;  // their scores, 8 or 16 KiB, fit the first cache
 
