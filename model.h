@@ -1,49 +1,103 @@
-// model.h - what is in a model file: configuration, weights, tokenizer, turn marks; and the cache a run fills.
+// model.h - what is in a model file, and the table of policies it can run under.
+//
+//   Shape          sizes of a Llama model
+//   policies       names of the five policies, and what each takes
+//   Config         everything else the file says: RoPE, special ids, what the weights were trained for
+//   Weights        where the tensors are
+//   LayerCache     one layer's KV cache, which a run fills
+//   Model          the loader
 //
 // A model is one .safetensors file written by export_weights.py. It is mapped, not read: a weight is fetched from disk
 // when it is first used. A file is data from a stranger, so every size, offset, dtype, shape, id and number in it is
 // checked here, once, before anything computes; a message says what was expected and what was found.
 #pragma once
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include <cerrno>
 #include <cmath>
-#include <cstring>
-#include <fstream>
 #include <limits>
-#include <map>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "chat.h"
-#include "error.h"
-#include "policy.h"
+#include "base/bf16.h"
+#include "base/files.h"
+#include "base/json.h"
+#include "base/memory.h"
+#include "base/safetensors.h"
 #include "tokenizer.h"
 
 namespace speed {
 
-using json = nlohmann::json;
+// ---- shapes -------------------------------------------------------------------------------------------------------
 
-// bfloat16: the upper half of an IEEE float.
-struct bf16 {
-  uint16_t bits;
+struct Shape {
+  std::string name;
+  int n_layers = 0;    // L
+  int hidden = 0;      // d, width of the residual stream
+  int n_heads = 0;     // h query heads
+  int n_kv_heads = 0;  // g key/value heads; query head i reads key head i / (h/g)
+  int head_dim = 0;    // e
+  int mlp = 0;         // f, width of the MLP
+  int vocab = 0;       // V
+  bool tied = false;   // the embedding table is also the output head
+
+  uint64_t q_width() const { return uint64_t(n_heads) * head_dim; }
+  uint64_t kv_width() const { return uint64_t(n_kv_heads) * head_dim; }
 };
 
-inline float to_float(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
+inline std::vector<Shape> known_shapes() {
+  return {{"llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, true},
+          {"llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, true},
+          {"llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256, false},
+          {"llama-3.1-70b", 80, 8192, 64, 8, 128, 28672, 128256, false}};
+}
+
+// ---- the table of policies ----------------------------------------------------------------------------------------
+// The one list of them: flags, help, --compare, bench, the loader and the tests read it. What each policy does with a
+// prompt token is in `Policy`, speed.cu.
+
+enum class Method { full, speed, pop, swiftkv, share };
+
+struct PolicyInfo {
+  Method method;
+  const char* name;     // as --policy and model files spell it
+  bool takes_k;         // --k K: prompt tokens visit layers 0..K-1 only
+  bool takes_bos;       // --bos, --no-bos: do upper layers see the BoS anchor?
+  bool takes_group;     // --group: layers per cache above K
+  bool takes_kept;      // --keep, --every: the layers that keep a cache
+  bool needs_training;  // without weights adapted to it, answers get worse
+  const char* does;     // for help
+};
+
+// clang-format off
+inline constexpr PolicyInfo policies[] = {
+    // method, name, takes:      k      bos    group  kept   needs training
+    {Method::full, "full",       false, false, false, false, false, "every prompt token visits all layers"},
+    {Method::speed, "speed",     true,  true,  false, false, true,  "upper layers see the BoS anchor and the answer only"},
+    {Method::pop, "pop",         true,  false, false, false, false, "upper keys and values are made from layer K's input"},
+    {Method::swiftkv, "swiftkv", true,  false, true,  false, false, "the same, with projections trained for it"},
+    {Method::share, "share",     false, false, false, true,  true,  "a layer that keeps no cache reads the one below"},
+};
+// clang-format on
+
+constexpr const PolicyInfo& info(Method m) { return policies[size_t(m)]; }
+constexpr const char* name(Method m) { return info(m).name; }
+
+static_assert(
+    [] {
+      size_t i = 0;
+      for (const PolicyInfo& p : policies)
+        if (p.method != Method(i++)) return false;
+      return i == size_t(Method::share) + 1;
+    }(),
+    "the table has one row for each Method, in their order");
+
+inline std::optional<Method> find_policy(const std::string& name) {
+  for (const PolicyInfo& p : policies)
+    if (name == p.name) return p.method;
+  return std::nullopt;
 }
 
 // ---- configuration ------------------------------------------------------------------------------------------------
@@ -118,9 +172,10 @@ void each_weight(const Config& c, Weights& w, Visit visit) {
   }
 }
 
-// ---- the cache ----------------------------------------------------------------------------------------------------
-// Keys and values of one layer, T float on a CPU, bf16 on a GPU. Slots are filled in order; a slot's keys carry their
-// token's position by RoPE, so slot and position need not agree.
+// ---- the KV cache -------------------------------------------------------------------------------------------------
+// Keys and values of one layer, T float on a CPU, bf16 on a GPU. A slot is an index in this cache, a position is the
+// token's index in the conversation. Slots are filled in order and causality compares slots; keys carry their token's
+// position by RoPE. So slot and position need not agree, and above K under SPEED they do not.
 
 template <class T>
 struct LayerCache {
@@ -128,203 +183,11 @@ struct LayerCache {
   T* v = nullptr;                          // [n_kv_heads, capacity, head_dim]
   size_t capacity = 0;                     // slots
   size_t used = 0;                         // slots
-  size_t begin = 0;                        // slots used before the rows now under way
-  const uint32_t* device_begin = nullptr;  // the same, where a device's kernels read it
+  size_t begin = 0;                        // slots used before the present chunk
+  const uint32_t* device_begin = nullptr;  // the same, where a GPU's kernels read it
 };
 
 // ---- reading a file -----------------------------------------------------------------------------------------------
-
-class MappedFile {
- public:
-  explicit MappedFile(const std::string& path) : path_(path) {
-    int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-      throw Error(1, path, std::strerror(errno), "check the path, or make a model file with export_weights.py");
-    struct stat st {};
-    if (::fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
-      ::close(fd);
-      throw Error(1, path, "not a regular file", "give a .safetensors file made by export_weights.py");
-    }
-    size_ = size_t(st.st_size);
-    if (size_ > 0) {
-      void* p = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
-      if (p != MAP_FAILED) data_ = static_cast<const uint8_t*>(p);
-      // Pages of 2 MiB, where the system can bring a file in so, are read half as fast again as those of 4 KiB.
-      if (data_) ::madvise(p, size_, MADV_HUGEPAGE);
-    }
-    ::close(fd);
-    if (size_ > 0 && !data_)
-      throw Error(1, path, std::string("cannot be mapped: ") + std::strerror(errno), "free some memory");
-  }
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  ~MappedFile() {
-    if (data_) ::munmap(const_cast<uint8_t*>(data_), size_);
-  }
-  const uint8_t* data() const { return data_; }
-  size_t size() const { return size_; }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
-  const uint8_t* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// JSON from a stranger: no duplicate keys, no deep nesting. `what` names the text in messages.
-inline json parse_json(std::string_view text, const std::string& what, const std::string& hint) {
-  constexpr int max_depth = 8;
-  std::vector<std::set<std::string>> keys;
-  auto check = [&](int depth, json::parse_event_t event, json& value) {
-    if (depth > max_depth) throw Error(1, what, "JSON nested deeper than " + std::to_string(max_depth), hint);
-    if (event == json::parse_event_t::object_start) keys.emplace_back();
-    if (event == json::parse_event_t::object_end) keys.pop_back();
-    if (event == json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
-      throw Error(1, what, "key \"" + value.get<std::string>() + "\" twice", hint);
-    return true;
-  };
-  try {
-    return json::parse(text.begin(), text.end(), check);
-  } catch (const json::exception&) {
-    throw Error(1, what, "not valid JSON", hint);
-  }
-}
-
-// A safetensors container: 8 bytes header length, a JSON header, then the tensors one after the other.
-class SafeTensors {
- public:
-  struct Tensor {
-    std::string dtype;
-    std::vector<uint64_t> shape;
-    const uint8_t* data;
-    uint64_t bytes;
-  };
-
-  explicit SafeTensors(const MappedFile& f) : path_(f.path()) {
-    if (f.size() < 8) fail("file of " + std::to_string(f.size()) + " bytes is too short for a model");
-    uint64_t header = 0;
-    for (int i = 7; i >= 0; --i) header = header << 8 | f.data()[i];
-    if (header > f.size() - 8 || header > 100'000'000)
-      fail("header of " + std::to_string(header) + " bytes in a file of " + std::to_string(f.size()));
-    json j = parse_json({reinterpret_cast<const char*>(f.data()) + 8, header}, path_, hint_);
-    if (!j.is_object()) fail("header is not a JSON object");
-    const uint64_t total = f.size() - 8 - header;
-    std::vector<std::pair<uint64_t, uint64_t>> ranges;
-    for (auto& [key, t] : j.items()) {
-      if (key == "__metadata__") {
-        if (!t.is_object()) fail("__metadata__ is not an object");
-        for (auto& [k, v] : t.items()) {
-          if (!v.is_string()) fail("metadata " + k + " is not a string");
-          metadata_[k] = v.get<std::string>();
-        }
-        continue;
-      }
-      tensors_[key] = read_entry(key, t, f.data() + 8 + header, total, ranges);
-    }
-    std::sort(ranges.begin(), ranges.end());
-    uint64_t end = 0;
-    for (auto [b, e] : ranges) {
-      if (b != end)
-        fail("tensor data at offset " + std::to_string(b) + ", expected " + std::to_string(end) + " (gap or overlap)");
-      end = e;
-    }
-    if (end != total) fail("tensors end at " + std::to_string(end) + ", the file's data at " + std::to_string(total));
-  }
-
-  const std::map<std::string, Tensor>& tensors() const { return tensors_; }
-
-  const std::string& metadata(const std::string& key) const {
-    auto it = metadata_.find(key);
-    if (it == metadata_.end()) fail("metadata \"" + key + "\" is missing");
-    return it->second;
-  }
-
-  bool has(const std::string& name) const { return tensors_.count(name) > 0; }
-
-  // The tensor's data, after its dtype, shape and alignment were compared with what is expected.
-  template <class T>
-  const T* get(const std::string& name, const std::string& dtype, const std::vector<uint64_t>& shape) const {
-    auto it = tensors_.find(name);
-    if (it == tensors_.end()) fail("tensor " + name + " is missing");
-    const Tensor& t = it->second;
-    if (t.dtype != dtype || t.shape != shape)
-      fail("tensor " + name + ": expected " + describe(dtype, shape) + ", got " + describe(t.dtype, t.shape));
-    if (reinterpret_cast<uintptr_t>(t.data) % alignof(T)) fail("tensor " + name + " is not aligned");
-    return reinterpret_cast<const T*>(t.data);
-  }
-
-  [[noreturn]] void fail(const std::string& why) const { throw Error(1, path_, why, hint_); }
-
- private:
-  static std::string describe(const std::string& dtype, const std::vector<uint64_t>& shape) {
-    std::string s = dtype + " [";
-    for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
-    return s + "]";
-  }
-
-  Tensor read_entry(const std::string& key, const json& t, const uint8_t* base, uint64_t total,
-                    std::vector<std::pair<uint64_t, uint64_t>>& ranges) const {
-    auto whole = [](const json& v) { return v.is_number_unsigned(); };
-    if (!t.is_object() || !t.contains("dtype") || !t["dtype"].is_string() || !t.contains("shape") ||
-        !t["shape"].is_array() || !t.contains("data_offsets") || !t["data_offsets"].is_array() ||
-        t["data_offsets"].size() != 2 || !whole(t["data_offsets"][0]) || !whole(t["data_offsets"][1]))
-      fail("tensor " + key + " has no dtype, shape or data_offsets");
-    static const std::map<std::string, uint64_t> width = {{"BF16", 2}, {"F32", 4}, {"U32", 4}, {"U8", 1}};
-    Tensor out;
-    out.dtype = t["dtype"];
-    auto w = width.find(out.dtype);
-    if (w == width.end()) fail("tensor " + key + " has dtype " + out.dtype + ", expected BF16, F32, U32 or U8");
-    uint64_t bytes = w->second;
-    for (auto& dim : t["shape"]) {
-      if (!whole(dim)) fail("tensor " + key + " has a size that is no whole number");
-      out.shape.push_back(dim);
-      if (out.shape.back() != 0 && bytes > std::numeric_limits<uint64_t>::max() / out.shape.back())
-        fail("tensor " + key + " is larger than any memory");
-      bytes *= out.shape.back();
-    }
-    uint64_t b = t["data_offsets"][0], e = t["data_offsets"][1];
-    if (b > e || e > total || e - b != bytes)
-      fail("tensor " + key + ": " + describe(out.dtype, out.shape) + " needs " + std::to_string(bytes) +
-           " bytes, got offsets " + std::to_string(b) + " to " + std::to_string(e) + " of " + std::to_string(total));
-    ranges.emplace_back(b, e);
-    out.data = base + b;
-    out.bytes = bytes;
-    return out;
-  }
-
-  std::string path_;
-  const std::string hint_ = "export the checkpoint again with export_weights.py";
-  std::map<std::string, Tensor> tensors_;
-  std::map<std::string, std::string> metadata_;
-};
-
-// Bytes of address space this process may still take (ulimit -v).
-inline uint64_t address_space_left() {
-  rlimit limit{};
-  uint64_t pages = 0;
-  if (::getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return RLIM_INFINITY;
-  std::ifstream("/proc/self/statm") >> pages;
-  const uint64_t taken = pages * uint64_t(::sysconf(_SC_PAGESIZE));
-  return limit.rlim_cur > taken ? limit.rlim_cur - taken : 0;
-}
-
-// Bytes of memory this process may still take: the machine's, or its control group's or address space where that is
-// less.
-inline uint64_t available_memory() {
-  uint64_t available = std::numeric_limits<uint64_t>::max();
-  std::string key;
-  std::ifstream info("/proc/meminfo");
-  for (uint64_t kib; info >> key;) {
-    if (key == "MemAvailable:" && info >> kib) available = kib * 1024;
-    info.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
-  }
-  uint64_t limit = 0, current = 0;
-  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && std::ifstream("/sys/fs/cgroup/memory.current") >> current)
-    available = std::min(available, limit > current ? limit - current : 0);
-  return std::min(available, address_space_left());
-}
-
-// ---- the model ----------------------------------------------------------------------------------------------------
 
 class Model {
  public:
@@ -469,9 +332,7 @@ class Model {
     for (auto& a : j["adapted"]) {
       if (!a.is_object() || !a.contains("policy") || !a["policy"].is_string() || !a.contains("k"))
         fail("config adapted: " + a.dump());
-      std::optional<Method> m;
-      for (Method c : {Method::full, Method::speed, Method::pop, Method::swiftkv, Method::share})
-        if (a["policy"] == name(c)) m = c;
+      const std::optional<Method> m = find_policy(a["policy"]);
       if (!m) fail("config adapted: unknown policy " + a["policy"].dump());
       config.adapted.push_back({*m, a["k"].is_null() ? 0 : int(whole(a, "k", 1, s.n_layers)), flag(a, "bos")});
     }

@@ -83,7 +83,7 @@ if [ "${1:-}" = fuzz ] || [ "${1:-}" = sanitize-threads ]; then
 fi
 
 build_tools
-make --no-print-directory -s speed || fail "the build failed: see the compiler's message above"
+make --no-print-directory -s -j"$(nproc)" speed || fail "the build failed: see the compiler's message above"
 
 if [ "${1:-}" = --offline ]; then
   [ $# = 1 ] || fail "--offline takes no other flag: run ./speed -m $small ... instead"

@@ -1,260 +1,36 @@
-// tokenizer.h - text to token ids and back: byte-level byte pair encoding, as GPT-2, Llama 3 and SmolLM2 use it.
+// tokenizer.h - text to token ids and back, and a conversation as token ids.
 //
-// The model's own regular expressions cut a text into pieces; each piece's bytes become tokens, and neighbours merge in
-// the order in which training learnt the merges. Equals Hugging Face's `tokenizers` on any valid UTF-8.
-//
-//   UTF-8          characters whole or not at all
-//   SplitPattern   one regular expression, with the Unicode of unicode.h
-//   Tokenizer      vocabulary, merges and special tokens
+//   Tokenizer      byte-level byte pair encoding, as GPT-2, Llama 3 and SmolLM2 use it: the model's own regular
+//                  expressions cut a text into pieces (text/pattern.h); each piece's bytes become tokens, and
+//                  neighbours merge in the order in which training learnt the merges. Equals Hugging Face's
+//                  `tokenizers` on any valid UTF-8.
+//   ChatTemplate   the model's turn marks around what people and the model say. Equals `apply_chat_template`.
 #pragma once
-
-#define PCRE2_CODE_UNIT_WIDTH 8
-#include <pcre2.h>
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cstdint>
 #include <cstring>
-#include <ctime>
-#include <memory>
-#include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "error.h"
-#include "unicode.h"
+#include "base/error.h"
+#include "base/json.h"
+#include "text/pattern.h"
+#include "text/unicode.h"
+#include "text/utf8.h"
 
 namespace speed {
 
-// ---- UTF-8 ----------------------------------------------------------------------------------------------------------
-
-// The character that s, not empty, begins with, by table 3-7 of the Unicode Standard (no surrogates, no overlong form,
-// nothing above U+10FFFF): its length in bytes; 0 if s ends before it does; -n if the first n bytes begin no character.
-inline int utf8_character(std::string_view s) {
-  auto byte = [&](size_t i) { return static_cast<unsigned char>(s[i]); };
-  const unsigned first = byte(0);
-  if (first < 0x80) return 1;
-  if (first < 0xC2 || first > 0xF4) return -1;
-  const int length = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-  unsigned low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
-  unsigned high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
-  for (int i = 1; i < length; ++i) {
-    if (size_t(i) == s.size()) return 0;
-    if (byte(i) < low || byte(i) > high) return -i;
-    low = 0x80, high = 0xBF;
-  }
-  return length;
-}
-
-// Offset of the first byte that belongs to no character, std::string_view::npos if there is none.
-inline size_t first_invalid_utf8(std::string_view text) {
-  for (size_t at = 0; at < text.size();) {
-    const int n = utf8_character(text.substr(at));
-    if (n <= 0) return at;
-    at += n;
-  }
-  return std::string_view::npos;
-}
-
-inline void require_utf8(std::string_view text) {
-  if (const size_t bad = first_invalid_utf8(text); bad != std::string_view::npos)
-    throw Error(1, "text", "not UTF-8 at byte " + std::to_string(bad), "convert it to UTF-8");
-}
-
-// Bytes of tokens in, whole characters out. A token may end within a character, which is then held back until the rest
-// comes. Bytes that form no character come out as U+FFFD, one for each maximal subpart, as Python and Rust decode them.
-class Utf8Stream {
- public:
-  std::string push(std::string_view bytes) {
-    held_ += bytes;
-    std::string out;
-    size_t at = 0;
-    while (at < held_.size()) {
-      const int n = utf8_character(std::string_view(held_).substr(at));
-      if (n == 0) break;
-      if (n > 0) out.append(held_, at, n);
-      else out += "\xEF\xBF\xBD";
-      at += n > 0 ? n : -n;
-    }
-    held_.erase(0, at);
-    return out;
-  }
-  // At the end of the text: what is held back will not be completed any more.
-  std::string flush() {
-    const bool partial = !held_.empty();
-    held_.clear();
-    return partial ? "\xEF\xBF\xBD" : "";
-  }
-
- private:
-  std::string held_;
-};
-
-// ---- split patterns -------------------------------------------------------------------------------------------------
-
-[[noreturn]] inline void bad_tokenizer(const std::string& why) {
-  throw Error(1, "tokenizer", why, "export the checkpoint again");
-}
-
-// One regular expression. Accepts the syntax in which PCRE2, Oniguruma (Hugging Face) and Rust (tiktoken) agree, and
-// writes \p{L}, \p{N}, \s and their negations out as the ranges of unicode.h, for PCRE2's own are another Unicode's.
-class SplitPattern {
- public:
-  explicit SplitPattern(const std::string& pattern) {
-    const std::string ranges = with_ranges(pattern);
-    int error = 0;
-    size_t offset = 0;
-    code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(ranges.data()), ranges.size(),
-                              PCRE2_UTF | PCRE2_ANCHORED | PCRE2_NEVER_BACKSLASH_C, &error, &offset, nullptr));
-    if (!code_) {
-      unsigned char message[256] = "";
-      pcre2_get_error_message(error, message, sizeof message);
-      bad_tokenizer("split pattern does not compile: " + std::string(reinterpret_cast<char*>(message)));
-    }
-    uint32_t matches_empty = 0;
-    pcre2_pattern_info(code_.get(), PCRE2_INFO_MATCHEMPTY, &matches_empty);
-    if (matches_empty) bad_tokenizer("split pattern can match the empty text");
-  }
-
-  // Appends the pieces of `text` (valid UTF-8): every match, and every stretch between matches; together, `text`.
-  void split(std::string_view text, std::vector<std::string_view>& pieces) const {
-    std::unique_ptr<pcre2_match_data, Free> found(pcre2_match_data_create(1, nullptr));
-    std::unique_ptr<pcre2_match_context, Free> context(pcre2_match_context_create(nullptr));
-    if (!found || !context) throw std::bad_alloc();
-    pcre2_set_heap_limit(context.get(), 1 << 20);  // in KiB
-    // Each starting position gets a few steps, and what more it needs comes from one store: backtracking a few times
-    // over the whole text is within it, running away is not. PCRE2's JIT is three times as fast, but leaves steps
-    // uncounted. A step may still scan the whole text (a possessive repetition in a look-ahead does, everywhere), so
-    // there is a limit of processor time too: 4 microseconds a byte, far more than published patterns take.
-    uint64_t store = std::min<uint64_t>(1'000'000 + 32 * uint64_t(text.size()), 1u << 31);
-    const double most_seconds = processor_seconds() + 1 + 4e-6 * double(text.size());
-    auto looked = std::chrono::steady_clock::now();  // a cheap clock says when to ask the dear one
-    const auto subject = reinterpret_cast<PCRE2_SPTR>(text.data());
-    auto match_at = [&](size_t at) {
-      for (uint32_t limit = 256;; limit *= 2) {
-        pcre2_set_match_limit(context.get(), limit);
-        const int rc =
-            pcre2_match(code_.get(), subject, text.size(), at, PCRE2_NO_UTF_CHECK, found.get(), context.get());
-        if (const auto now = std::chrono::steady_clock::now(); now - looked > std::chrono::milliseconds(20)) {
-          looked = now;
-          if (processor_seconds() > most_seconds)
-            bad_tokenizer("split pattern gives up on this text (it takes too long)");
-        }
-        if (rc != PCRE2_ERROR_MATCHLIMIT || store < limit) return rc;
-        store -= limit;
-      }
-    };
-    size_t done = 0;
-    for (size_t at = 0; at < text.size();) {
-      const int rc = match_at(at);
-      if (rc == PCRE2_ERROR_NOMATCH) {
-        at += size_t(utf8_character(text.substr(at)));
-        continue;
-      }
-      if (rc < 0) bad_tokenizer("split pattern gives up on this text (PCRE2 error " + std::to_string(rc) + ")");
-      const size_t end = pcre2_get_ovector_pointer(found.get())[1];
-      if (at > done) pieces.push_back(text.substr(done, at - done));
-      pieces.push_back(text.substr(at, end - at));
-      done = at = end;
-    }
-    if (done < text.size()) pieces.push_back(text.substr(done));
-  }
-
- private:
-  // Of this thread: a busy or paused machine does not stretch it.
-  static double processor_seconds() {
-    timespec t{};
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-  }
-
-  struct Free {
-    void operator()(pcre2_code* p) const { pcre2_code_free(p); }
-    void operator()(pcre2_match_data* p) const { pcre2_match_data_free(p); }
-    void operator()(pcre2_match_context* p) const { pcre2_match_context_free(p); }
-  };
-
-  // The members of a class (the rest of the code points, if negated) as they are written between [ and ].
-  static std::string ranges_of(std::span<const CodePoints> members, bool negated) {
-    std::string out;
-    auto add = [&](char32_t first, char32_t last) {
-      char text[40];
-      snprintf(text, sizeof text, "\\x{%X}-\\x{%X}", unsigned(first), unsigned(last));
-      if (first <= last) out += text;
-    };
-    char32_t gap = 0;
-    for (const auto& [first, last] : members) {
-      if (!negated) add(first, last);
-      else if (first > gap) add(gap, first - 1);
-      gap = last + 1;
-    }
-    if (negated) add(gap, 0x10FFFF);
-    return out;
-  }
-
-  static std::string with_ranges(std::string_view pattern) {
-    if (pattern.empty() || pattern.size() > 4096) bad_tokenizer("split pattern is empty or longer than 4096 bytes");
-    auto refuse = [](const std::string& what) { bad_tokenizer("split pattern has " + what + ", unknown here"); };
-    auto next_is = [&](size_t at, std::string_view s) { return pattern.substr(at).starts_with(s); };
-    std::string out;
-    bool in_class = false;
-    for (size_t i = 0; i < pattern.size(); ++i) {
-      const char c = pattern[i];
-      if (c == '\\') {
-        const char kind = ++i < pattern.size() ? pattern[i] : '\0';
-        if (kind == 'p' || kind == 'P' || kind == 's' || kind == 'S') {
-          std::span<const CodePoints> members = white_space;
-          if (kind == 'p' || kind == 'P') {
-            const std::string_view property = pattern.substr(i + 1, 3);
-            if (property != "{L}" && property != "{N}") refuse("a property other than {L} and {N}");
-            members = property == "{L}" ? std::span<const CodePoints>(letters) : numbers;
-            i += 3;
-          }
-          const bool negated = kind == 'P' || kind == 'S';
-          out += in_class ? ranges_of(members, negated) : (negated ? "[^" : "[") + ranges_of(members, false) + "]";
-          continue;
-        }
-        const bool ascii = static_cast<unsigned char>(kind) < 0x80;
-        if (!ascii || kind == '\0' || (isalnum(kind) && kind != 'r' && kind != 'n' && kind != 't' && !next_is(i, "x{")))
-          refuse(std::string("the escape \\") + (ascii && isalnum(kind) ? std::string(1, kind) : "?"));
-        out += c;
-        out += kind;
-        continue;
-      }
-      if (in_class) {
-        if (c == '[' || next_is(i, "&&") || next_is(i, "--") || next_is(i, "~~")) refuse("a class within a class");
-        if (c == ']') in_class = false;
-      } else if (c == '[') {
-        in_class = true;
-        if (next_is(i + 1, "^")) out += pattern[i++];
-        if (next_is(i + 1, "]")) refuse("an empty class");
-        out += pattern[i];
-        continue;
-      } else if (c == '^' || c == '$' || c == '.') {
-        refuse(std::string("the symbol ") + c);
-      } else if (c == '(') {
-        if (next_is(i + 1, "*")) refuse("a verb (*");
-        bool known = !next_is(i + 1, "?");
-        for (const char* group : {"?:", "?i:", "?=", "?!", "?<=", "?<!", "?>"}) known = known || next_is(i + 1, group);
-        if (!known) refuse("a group other than (?: (?i: (?> and look-around");
-      }
-      out += c;
-    }
-    return out;
-  }
-
-  std::unique_ptr<pcre2_code, Free> code_;
-};
-
-// ---- the tokenizer --------------------------------------------------------------------------------------------------
+// ---- the tokenizer ------------------------------------------------------------------------------------------------
 
 // Byte-level byte pair encoding. The arrays it is given are copied before they are checked: a mapped file can change.
 //
-//   json     {"split": [pattern, ...], "ignore_merges": bool, "special": [[id, "spelling"], ...]}; patterns apply in
+//   rules    JSON {"split": [pattern, ...], "ignore_merges": bool, "special": [[id, "spelling"], ...]}; patterns apply in
 //            order, each to the pieces left by the one before. ignore_merges: a piece that is a token is that token,
 //            even where the merges would not make it.
 //   bytes    the bytes of tokens 0, 1, ... one after the other; token i is bytes[offsets[i], offsets[i+1])
@@ -264,14 +40,14 @@ class SplitPattern {
 // Nothing of it is trusted: whatever does not fit together is an Error with code 1.
 class Tokenizer {
  public:
-  Tokenizer(std::string_view json, std::span<const uint8_t> bytes, std::span<const uint32_t> offsets,
+  Tokenizer(std::string_view rules, std::span<const uint8_t> bytes, std::span<const uint32_t> offsets,
             std::span<const uint32_t> merges, size_t vocab_size)
       : bytes_(bytes.begin(), bytes.end()),
         offsets_(offsets.begin(), offsets.end()),
         merges_(merges.begin(), merges.end()),
         vocab_size_(vocab_size) {
     check_offsets();
-    read_json(json);
+    read_rules(rules);
     index_tokens();
     index_merges();
   }
@@ -341,9 +117,9 @@ class Tokenizer {
                     std::to_string(offsets_.front()) + " to " + std::to_string(offsets_.back()));
   }
 
-  void read_json(std::string_view text) {
-    const auto json = nlohmann::json::parse(text, nullptr, false);
-    auto of = [&](const char* key) { return json.is_object() && json.contains(key) ? json[key] : nlohmann::json(); };
+  void read_rules(std::string_view text) {
+    const json rules = json::parse(text, nullptr, false);
+    auto of = [&](const char* key) { return rules.is_object() && rules.contains(key) ? rules[key] : json(); };
     const auto split = of("split"), ignore = of("ignore_merges"), special = of("special");
     if (!split.is_array() || split.size() > 16 || !ignore.is_boolean() || !special.is_array())
       bad_tokenizer("its JSON lacks the keys split, ignore_merges and special");
@@ -517,6 +293,175 @@ class Tokenizer {
   std::array<int, 256> byte_ids_;                           // -1: no token
   Index tokens_, ranks_;                                    // bytes -> id, (left, right) -> row of merges
   const uint64_t seed_ = std::random_device()();            // so that no file can make its keys collide
+};
+
+// ---- the chat template --------------------------------------------------------------------------------------------
+
+// A chat template, as data. A conversation is
+//   begin, system[0] text system[1], then for every turn  user[0] text user[1] assistant[0] text assistant[1]
+// Marks are text in which spellings of special tokens stand for their ids, and in `system` {date} for a date. What
+// stands between the marks is only text: no one can forge a turn. The text between two special ids is tokenised as one
+// string, as Hugging Face's apply_chat_template does, so the ids are the same. The tokenizer must outlive it.
+//
+//   marks_json  {"template": name, "trim": bool, "begin": mark, "system": [mark, mark], "system_default": text or null,
+//          "user": [mark, mark], "assistant": [mark, mark], "date_default": text or null}
+//         trim: texts lose white space at both ends. system_default null: without a system text there is no such turn.
+class ChatTemplate {
+ public:
+  ChatTemplate(std::string_view marks_json, const Tokenizer& tokenizer) : tokenizer_(&tokenizer) {
+    const json j = json::parse(marks_json, nullptr, false);
+    name_ = text(j, "template");
+    if (std::any_of(name_.begin(), name_.end(), [](unsigned char c) { return c < 0x20 || c == 0x7F; }))
+      bad("template holds a control character");
+    if (!j.contains("trim") || !j["trim"].is_boolean()) bad("trim is no boolean");
+    trim_ = j["trim"];
+    begin_ = text(j, "begin");
+    system_ = marks(j, "system"), user_ = marks(j, "user"), assistant_ = marks(j, "assistant");
+    system_default_ = text_or_null(j, "system_default"), date_default_ = text_or_null(j, "date_default");
+    // Only then do turns begin at a token of their own, whatever the text before them.
+    for (const std::string& mark : {system_[0], user_[0], assistant_[0], assistant_[1]})
+      if (const auto s = tokenizer.find_special(mark); s.id < 0 || s.at != 0)
+        bad("a turn does not begin with a special token");
+    if (!begin_.empty())
+      if (const auto s = tokenizer.find_special(begin_); s.id < 0 || s.size != begin_.size())
+        bad("begin is no special token");
+    shows_date_ = system_[0].find(date_) != std::string::npos || system_[1].find(date_) != std::string::npos;
+    if (shows_date_ && !date_default_) bad("date_default is missing");
+  }
+
+  const std::string& name() const { return name_; }
+
+  // From the start through the end of the first user turn: the prompt.
+  std::vector<int> first(const std::optional<std::string>& system, std::string_view user,
+                         const std::optional<std::string>& date) const {
+    if (date && !shows_date_) throw Error(2, "--date", "this model's chat template shows none", "leave it out");
+    Ids ids(*tokenizer_);
+    ids.mark(begin_);
+    if (const auto& shown = system ? system : system_default_) {
+      const std::string day = date.value_or(date_default_.value_or(""));
+      dated(ids, system_[0], day);
+      ids.text(trimmed(*shown));
+      dated(ids, system_[1], day);
+    }
+    turn(ids, user_, user);
+    return ids.finish();
+  }
+
+  // A later user turn. Begins with what closes the assistant's turn before it, end token included.
+  std::vector<int> next(std::string_view user) const {
+    Ids ids(*tokenizer_);
+    ids.mark(assistant_[1]);
+    turn(ids, user_, user);
+    return ids.finish();
+  }
+
+  // The assistant header, after which the model speaks, and the text it must begin with.
+  std::vector<int> answer(std::string_view prefix) const {
+    Ids ids(*tokenizer_);
+    ids.mark(assistant_[0]);
+    ids.text(trimmed(prefix));
+    return ids.finish();
+  }
+
+ private:
+  using Marks = std::array<std::string, 2>;
+
+  // Collects marks and texts, and tokenises each stretch between two special tokens as one string.
+  class Ids {
+   public:
+    explicit Ids(const Tokenizer& t) : tokenizer_(t) {}
+    void mark(std::string_view mark) {
+      for (Tokenizer::Special s; (s = tokenizer_.find_special(mark)).id >= 0; mark.remove_prefix(s.at + s.size)) {
+        text(mark.substr(0, s.at));
+        flush();
+        ids_.push_back(s.id);
+      }
+      text(mark);
+    }
+    void text(std::string_view text) { pending_ += text; }
+    std::vector<int> finish() {
+      flush();
+      return std::move(ids_);
+    }
+
+   private:
+    void flush() {
+      const std::vector<int> more = tokenizer_.encode(pending_, false);
+      ids_.insert(ids_.end(), more.begin(), more.end());
+      pending_.clear();
+    }
+    const Tokenizer& tokenizer_;
+    std::string pending_;
+    std::vector<int> ids_;
+  };
+
+  void turn(Ids& ids, const Marks& marks, std::string_view content) const {
+    ids.mark(marks[0]);
+    ids.text(trimmed(content));
+    ids.mark(marks[1]);
+  }
+
+  // A mark with a date in place of every {date}; the date is text, not a mark.
+  static void dated(Ids& ids, std::string_view mark, std::string_view date) {
+    for (size_t at; (at = mark.find(date_)) != std::string_view::npos; mark.remove_prefix(at + date_.size())) {
+      ids.mark(mark.substr(0, at));
+      ids.text(date);
+    }
+    ids.mark(mark);
+  }
+
+  // As Python's str.strip, which templates call: Unicode's white space and the four ASCII separators U+001C to U+001F.
+  std::string_view trimmed(std::string_view s) const {
+    require_utf8(s);
+    if (!trim_) return s;
+    auto blank = [](std::string_view character) {
+      char32_t c = static_cast<unsigned char>(character[0]);
+      if (character.size() > 1) c &= 0x7Fu >> character.size();
+      for (char byte : character.substr(1)) c = c << 6 | (byte & 0x3F);
+      if (c >= 0x1C && c <= 0x1F) return true;
+      return std::any_of(std::begin(white_space), std::end(white_space),
+                         [c](CodePoints r) { return r.first <= c && c <= r.last; });
+    };
+    auto first_character = [](std::string_view s) { return s.substr(0, utf8_character(s)); };
+    auto last_character = [](std::string_view s) {
+      size_t at = s.size() - 1;
+      while (at > 0 && (s[at] & 0xC0) == 0x80) --at;
+      return s.substr(at);
+    };
+    while (!s.empty() && blank(first_character(s))) s.remove_prefix(first_character(s).size());
+    while (!s.empty() && blank(last_character(s))) s.remove_suffix(last_character(s).size());
+    return s;
+  }
+
+  [[noreturn]] static void bad(const std::string& why) {
+    throw Error(1, "chat template", why, "export the checkpoint again");
+  }
+  static std::string text(const json& j, const char* key) {
+    if (!j.is_object() || !j.contains(key) || !j[key].is_string()) bad(std::string(key) + " is no text");
+    return checked(j[key], key);
+  }
+  // A mark may hold a date thousands of times, so what a template can ask for is bounded.
+  static std::string checked(const std::string& s, const char* key) {
+    if (s.size() > 16384) bad(std::string(key) + " is longer than 16384 bytes");
+    return s;
+  }
+  static std::optional<std::string> text_or_null(const json& j, const char* key) {
+    if (j.contains(key) && j[key].is_null()) return {};
+    return text(j, key);
+  }
+  static Marks marks(const json& j, const char* key) {
+    const std::string what = std::string(key) + " is no pair of marks";
+    if (!j.contains(key) || !j[key].is_array() || j[key].size() != 2) bad(what);
+    if (!j[key][0].is_string() || !j[key][1].is_string()) bad(what);
+    return {checked(j[key][0], key), checked(j[key][1], key)};
+  }
+
+  static constexpr std::string_view date_ = "{date}";
+  const Tokenizer* tokenizer_;
+  std::string name_, begin_;
+  bool trim_ = false, shows_date_ = false;
+  Marks system_, user_, assistant_;
+  std::optional<std::string> system_default_, date_default_;
 };
 
 }  // namespace speed

@@ -1,5 +1,5 @@
 // emulator.cpp - the part of emulator.h that no template needs: fibers, scheduler, memory, tensor cores.
-#include "device.cuh"
+#include "../gpu/cuda.cuh"
 
 #include <cblas.h>
 #include <cxxabi.h>

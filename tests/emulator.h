@@ -1,4 +1,4 @@
-// emulator.h - the other body of device.cuh: CUDA kernels on a CPU, for tests. Contracts stand in device.cuh.
+// emulator.h - the other body of gpu/cuda.cuh: CUDA kernels on a CPU, for tests. Contracts stand in gpu/cuda.cuh.
 //
 // A block's threads are fibers (Boost.Context) on one thread of the host. They change places only inside the wrappers:
 // a thread that reaches a barrier, a shuffle or a tensor-core product waits until all that must come have come; the
@@ -29,8 +29,8 @@
 #include <utility>
 #include <vector>
 
-#include "error.h"
-#include "model.h"
+#include "../base/bf16.h"
+#include "../base/error.h"
 
 // ---- CUDA's own names ---------------------------------------------------------------------------------------------
 

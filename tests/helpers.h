@@ -6,7 +6,8 @@
 #include <fstream>
 #include <random>
 
-#include "forward.h"
+#define SPEED_METHOD_ONLY  // no command line: that is the whole program
+#include "../speed.cu"
 
 namespace test {
 
@@ -91,6 +92,38 @@ inline std::vector<Policy> all_policies(const Config& c) {
     all.push_back(policy(Method::share, L, 0, true, keep));
   return all;
 }
+
+}  // namespace test
+
+namespace speed {
+
+// What only tests do to an engine.
+struct EngineTest {
+  // Overwrites all that no later token may read: activations of the last chunk, and slots not filled.
+  template <class B>
+  static void poison(Engine<B>& engine, float value) {
+    auto put = [&](auto* p, size_t n) {
+      using T = std::remove_pointer_t<decltype(p)>;
+      T v;
+      if constexpr (std::is_same_v<T, bf16>) v.bits = uint16_t(std::bit_cast<uint32_t>(value) >> 16);
+      else v = value;
+      engine.b_.upload(p, std::vector<T>(n, v).data(), n);
+    };
+    auto fill = [&](auto&... buffers) { (put(buffers.get(), buffers.size), ...); };
+    fill(engine.x_, engine.a_, engine.q_, engine.o_, engine.k_, engine.v_, engine.gate_, engine.up_);
+    const Shape& s = engine.s_;
+    for (auto& c : engine.caches_)
+      for (size_t h = 0; h < size_t(c.k ? s.n_kv_heads : 0); ++h) {
+        const size_t from = (h * c.capacity + c.used) * s.head_dim, n = (c.capacity - c.used) * s.head_dim;
+        put(c.k + from, n);
+        put(c.v + from, n);
+      }
+  }
+};
+
+}  // namespace speed
+
+namespace test {
 
 // Logits of all decode-phase tokens, [N - split, vocab].
 inline std::vector<float> logits(Engine<Cpu>& engine, std::span<const int> ids, size_t split, size_t vocab) {

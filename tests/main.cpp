@@ -1,2 +1,4 @@
 #define CATCH_CONFIG_MAIN
-#include <catch2/catch.hpp>
+#include "helpers.h"
+
+template class speed::Engine<speed::Cpu>;  // for all tests

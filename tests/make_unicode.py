@@ -1,4 +1,4 @@
-"""Writes unicode.h: which code points are \\p{L}, \\p{N} and \\s to the tokenizer libraries this engine must equal.
+"""Writes text/unicode.h: which code points are \\p{L}, \\p{N} and \\s to the tokenizer libraries this engine must equal.
 
 Usage: make_unicode.py [--check]   (from any folder; needs tokenizers 0.23.3 and tiktoken 0.14.0)
 
@@ -12,7 +12,7 @@ import tiktoken
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
 
-OUT = pathlib.Path(__file__).resolve().parent.parent / "unicode.h"
+OUT = pathlib.Path(__file__).resolve().parent.parent / "text" / "unicode.h"
 CLASSES = [("letters", r"\p{L}"), ("numbers", r"\p{N}"), ("white_space", r"\s")]
 CODE_POINTS = [c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
 

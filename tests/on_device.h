@@ -1,7 +1,7 @@
 // on_device.h - arrays on the device for tests: in the emulator's memory, or on a GPU.
 #pragma once
 
-#include "device.cuh"
+#include "../gpu/cuda.cuh"
 #include "helpers.h"
 
 namespace test {

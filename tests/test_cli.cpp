@@ -2,7 +2,7 @@
 #include <sys/wait.h>
 
 #include "helpers.h"
-#include "report.h"
+#include "../cli/report.h"
 
 using namespace test;
 
@@ -172,7 +172,7 @@ TEST_CASE("a file that cannot be written is refused before the run, and nothing 
 TEST_CASE("too little address space is one line, whatever the limit", "[cli]") {
   if (program.find("sanitize") != std::string::npos) return;  // AddressSanitizer itself needs terabytes of it
   for (const std::string& mode : {std::string("-m models/small.safetensors -p 'hello there' -n 3 -t 2"),
-                                 "bench" + on_tied + "-p 8 -n 2 -r 1 -t 2"})
+                                  "bench" + on_tied + "-p 8 -n 2 -r 1 -t 2"})
     for (int mib : {64, 96, 160, 320, 560, 620, 640, 660, 680, 700, 750, 800, 900, 1000}) {
       // -t: seconds of processor time, so that waiting for memory for ever ends too
       const Ran r = shell("ulimit -v " + std::to_string(mib << 10) + "; ulimit -t 20; SPEED " + mode);

@@ -419,9 +419,9 @@ TEST_CASE("small operations of the emulator", "[emulator]") {
   blas.gemm(y.get(), dx.get(), dw.get(), n, in, out, 1);
   blas.gemm(fresh.get(), dx.get(), dw.get(), n, in, out, 0);
   blas.gemm(narrow.get(), dx.get(), dw.get(), n, in, out, 0);
-  definition::matmul(right.data(), wide.data(), w.data(), n, in, out, true);
+  reference::matmul(right.data(), wide.data(), w.data(), n, in, out, true);
   CHECK(relative_error(y.read(), right) < 1e-6);  // fp32 sums of 20 terms
-  definition::matmul(right.data(), wide.data(), w.data(), n, in, out, false);
+  reference::matmul(right.data(), wide.data(), w.data(), n, in, out, false);
   const auto f = fresh.read();
   CHECK(relative_error(f, right) < 1e-6);
   const auto b = narrow.read();

@@ -1,4 +1,4 @@
-// Every CUDA kernel against its definition in cpu.h, and whole models through `Gpu` against `Cpu`.
+// Every CUDA kernel against its definition in cpu/cpu.h, and whole models through `Gpu` against `Cpu`.
 //
 // g++ compiles this file with the emulator (emulator.h), and `make test` runs it on a CPU; nvcc compiles the same text,
 // and `make gpu-check` runs it on a GPU. The emulator shows wrong arithmetic, layouts, bounds, barriers and waits. It
@@ -13,7 +13,7 @@
 // terms in fp32, in whatever order, is wrong by at most n e times the sum of their magnitudes. Each test forms the
 // bound for every single value from these two, and an error is given as a share of its bound: below 1 is right. Inputs
 // are bf16 to begin with, so the definition starts from the same numbers.
-#include "gpu.cuh"
+#include "../gpu/gpu.cuh"
 #include "on_device.h"
 
 using namespace test;
@@ -102,12 +102,12 @@ TEST_CASE("RMSNorm", "[gpu]") {
                  1e-5f);
           const auto got = y.read();
           std::vector<float> ref(n * d);
-          definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-5f);
+          reference::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-5f);
           // The sum of squares is right to d e, its root to half of that; four roundings follow, and the last to bf16.
           auto bound = [&](size_t i) { return std::abs(ref[i]) * (u + (double(d) / 2 + 4) * e); };
           CHECK(error(wide(first(got, n * d)), ref, bound) < 1);
           CHECK(unwritten(got, n * d));
-          definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 0.1f);
+          reference::rmsnorm(ref.data(), x.data(), w.data(), n, d, 0.1f);
           CHECK(error(wide(first(got, n * d)), ref, bound) > 1);
         });
 }
@@ -122,7 +122,7 @@ TEST_CASE("SwiGLU", "[gpu]") {
     OnDevice<bf16> g(s, narrow(gate)), v(s, narrow(up));
     launch(kernel::swiglu, blocks(n / 8, 128), 128, 0, s, g.get(), v.get(), n);
     auto ref = gate;
-    definition::swiglu(ref.data(), up.data(), n);
+    reference::swiglu(ref.data(), up.data(), n);
     // e^-x: its argument is rounded, and so wrong by |x| e; ex2.approx and three operations add 8 e.
     CHECK(error(wide(g.read()), ref,
                 [&](size_t i) { return std::abs(ref[i]) * (u + (2 * std::abs(gate[i]) + 8) * e); }) < 1);
@@ -160,7 +160,7 @@ TEST_CASE("RoPE and the cache", "[gpu]") {
       const unsigned grid = blocks(n * heads * half / 8, 128);
       launch(kernel::rope, grid, 128, 0, s, y.get(), cos.get(), sin.get(), n, heads, E);
       auto ref = rounded(x);
-      definition::rope(ref.data(), angles.cos.data(), angles.sin.data(), n, heads, E);
+      reference::rope(ref.data(), angles.cos.data(), angles.sin.data(), n, heads, E);
       const auto start = rounded(x);
       auto bound = [&](size_t i) {  // two products, a sum, a rounding; |cos|, |sin| <= 1
         const size_t other = i % E < half ? i + half : i - half;
@@ -198,14 +198,14 @@ struct Row {
   Row(Random& random, size_t in) : in(in), x(narrow(random.normal(in))), wide_x(wide(x)) {}
   std::vector<float> times(const std::vector<bf16>& w) const {
     std::vector<float> y(w.size() / in);
-    definition::matmul(y.data(), wide_x.data(), w.data(), 1, in, y.size(), false);
+    reference::matmul(y.data(), wide_x.data(), w.data(), 1, in, y.size(), false);
     return y;
   }
   std::vector<float> slack(const std::vector<bf16>& w) const {  // e times the sums of magnitudes, times their lengths
     std::vector<float> y(w.size() / in);
     const auto a = magnitudes(wide_x);
     const auto b = narrow(magnitudes(wide(w)));
-    definition::matmul(y.data(), a.data(), b.data(), 1, in, y.size(), false);
+    reference::matmul(y.data(), a.data(), b.data(), 1, in, y.size(), false);
     for (float& v : y) v *= float(2 * (double(in) / 32 + 5) * e);
     return y;
   }
@@ -269,7 +269,7 @@ TEST_CASE("a single row's queries, keys, values and gate", "[gpu]") {
            x.get(), int(in), out);
     auto ref = row.times(wk);
     const auto raw = ref, slack = row.slack(wk), ref_v = row.times(wv), slack_v = row.slack(wv);
-    definition::rope(ref.data(), angles.cos.data(), angles.sin.data(), 1, heads, E);
+    reference::rope(ref.data(), angles.cos.data(), angles.sin.data(), 1, heads, E);
     auto bound = [&](size_t i) {
       const size_t other = i % E < half ? i + half : i - half;
       return u * std::abs(ref[i]) + slack[i] + slack[other] + 3 * e * (std::abs(raw[i]) + std::abs(raw[other]));
@@ -293,7 +293,7 @@ TEST_CASE("a single row's queries, keys, values and gate", "[gpu]") {
     OnDevice<bf16> y(s, out + 1);
     matvec(s, kernel::Gated{y.get(), dk.get(), dv.get(), int(in), int(out)}, x.get(), int(in), out);
     auto gated = raw;
-    definition::swiglu(gated.data(), ref_v.data(), out);
+    reference::swiglu(gated.data(), ref_v.data(), out);
     const auto gy = y.read();
     // silu's slope is at most 1.1; its own error as in "SwiGLU".
     CHECK(error(wide(first(gy, out)), gated, [&](size_t i) {
@@ -354,17 +354,17 @@ void attention_case(const AttentionCase& c, int slices) {
   const auto got = o.read();
   LayerCache<float> cache{k.data(), v.data(), capacity, slots};
   std::vector<float> ref(size), weight(size);
-  definition::attention(ref.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, E);
+  reference::attention(ref.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, E);
   const auto absolute = magnitudes(v);
   cache.v = const_cast<float*>(absolute.data());
-  definition::attention(weight.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, E);
+  reference::attention(weight.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, E);
   cache.v = v.data();
   const double scores = 2 * (4 * E * std::sqrt(double(E)) + double(slots)) * e;
   auto bound = [&](size_t i) { return u * std::abs(ref[i]) + (u + scores) * weight[i]; };
   CHECK(error(wide(first(got, size)), ref, bound) < 1);
   CHECK(unwritten(got, size));
   if (c.seen == 1) return;
-  definition::attention(ref.data(), q.data(), cache, c.n, c.seen - 1, c.heads, c.kv_heads, E);
+  reference::attention(ref.data(), q.data(), cache, c.n, c.seen - 1, c.heads, c.kv_heads, E);
   CHECK(error(wide(first(got, size)), ref, bound) > 1);
 }
 
@@ -499,13 +499,13 @@ struct Rough : Cpu {
     Cpu::rmsnorm(y, x, w, n, d, eps);
     roughen(y, n * d);
   }
-  void queries(float* q, const float* a, const bf16* wq, const float* cos, const float* sin, size_t n, size_t d,
-               size_t n_heads, size_t head_dim) {
-    Cpu::queries(q, a, wq, cos, sin, n, d, n_heads, head_dim);
+  void project_q(float* q, const float* a, const bf16* wq, const float* cos, const float* sin, size_t n, size_t d,
+                 size_t n_heads, size_t head_dim) {
+    Cpu::project_q(q, a, wq, cos, sin, n, d, n_heads, head_dim);
     roughen(q, n * n_heads * head_dim, 2);  // the product, and after RoPE
   }
-  void keys_values(LayerCache<float>& cache, float* k, float* v, const float* a, const bf16* wk, const bf16* wv,
-                   const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
+  void project_kv(LayerCache<float>& cache, float* k, float* v, const float* a, const bf16* wk, const bf16* wv,
+                  const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
     const size_t width = n_kv_heads * head_dim;
     matmul(k, a, wk, n, d, width);
     matmul(v, a, wv, n, d, width);
@@ -519,12 +519,13 @@ struct Rough : Cpu {
     Cpu::attention(o, q, cache, n, seen, n_heads, n_kv_heads, head_dim);
     roughen(o, n * n_heads * head_dim);
   }
-  void gated(float* gate, float* up, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
+  void mlp_gate_up(float* gate, float* up, const float* a, const bf16* wg, const bf16* wu, size_t n, size_t d,
+                   size_t f) {
     matmul(gate, a, wg, n, d, f);
     matmul(up, a, wu, n, d, f);
     roughen(gate, n * f);
     roughen(up, n * f);
-    definition::swiglu(gate, up, n * f);
+    reference::swiglu(gate, up, n * f);
     roughen(gate, n * f);
   }
 };
@@ -568,7 +569,7 @@ TEST_CASE("models on Gpu equal Cpu under every policy, and a small fault does no
     const auto ids = Random(11).ids(70, m.config.bos, s.vocab);
     for (const Policy& p : all_policies(m.config)) {
       INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
-      const size_t split = p.tail_is_one_token() ? ids.size() - 1 : ids.size() - 3;
+      const size_t split = p.split(ids.size() - 3, ids.size());
       const auto ref = logits_on(cpu, m, p, ids, split);
       const double error = worst_row(logits_on(gpu, m, p, ids, split, p.k % 2 ? 512 : 40), ref, s.vocab);
       const double allowed = tolerance(m, p, ids, split, ref);
@@ -590,8 +591,9 @@ TEST_CASE("the small model's answers on Gpu", "[gpu][model]") {
   Cpu cpu;
   auto answer = [&](const Policy& p, const std::string& text) {
     std::vector<int> ids = m.chat->first(std::nullopt, text, std::nullopt);
-    const size_t split = p.tail_is_one_token() ? ids.size() + m.chat->answer("").size() - 1 : ids.size();
-    for (int id : m.chat->answer("")) ids.push_back(id);
+    const std::vector<int> header = m.chat->answer("");
+    const size_t split = p.split(ids.size(), ids.size() + header.size());
+    ids.insert(ids.end(), header.begin(), header.end());
     const Limits limits{ids.size() + 12, ids.size() - split + 12, 512};
     Engine<Gpu> engine(m, p, limits, gpu);
     Engine<Cpu> other(m, p, limits, cpu);
@@ -683,7 +685,7 @@ TEST_CASE("laws 1, 2 and 4 on Gpu, bit for bit", "[gpu][model]") {
         std::vector<float> all;
         engine.prefill(ids, ids.size() - 1, [](size_t, const float*) {});
         for (int id : {7, 9, 11}) {
-          if (poisoned) engine.poison(NAN);
+          if (poisoned) EngineTest::poison(engine, NAN);
           const float* l = engine.decode(id);
           all.insert(all.end(), l, l + s.vocab);
         }
@@ -751,7 +753,7 @@ TEST_CASE("predicted = counted = allocated on Gpu", "[gpu][model]") {
     const Shape& s = m.config.shape;
     for (const Policy& p : all_policies(m.config)) {
       INFO("head " << s.name << " " << name(p.method) << " K=" << p.k << " bos " << p.bos);
-      const size_t N = 20, T = p.tail_is_one_token() ? 1 : 3, n = 4;
+      const size_t N = 20, T = N - p.split(N - 3, N), n = 4;
       const Cost cost{s, p};
       Engine<Gpu> engine(m, p, {N + n, T + n, 512}, gpu);
       CHECK(engine.kv_bytes_allocated() == cost.kv_bytes(N - T, T + n, sizeof(bf16)));

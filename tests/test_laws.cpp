@@ -167,11 +167,11 @@ TEST_CASE("law 4: a prompt leaves nothing above K but what the policy says", "[l
         Engine<Cpu> engine(m, p, {60, 20, 16}, cpu);
         std::vector<float> all;
         engine.prefill(ids, 38, [](size_t, const float*) {});
-        if (poisoned) engine.poison(NAN);
+        if (poisoned) EngineTest::poison(engine, NAN);
         for (int id : {7, 9, 11}) {
           const float* l = engine.decode(id);
           all.insert(all.end(), l, l + s.vocab);
-          if (poisoned) engine.poison(NAN);
+          if (poisoned) EngineTest::poison(engine, NAN);
         }
         return all;
       };

@@ -4,7 +4,6 @@
 // 2^-24, and about sqrt(n) u for random signs. With n up to 1,000 that is 2e-6; 1e-5 leaves a factor for the norm of a
 // result that is smaller than its terms. The definitions sum in double, so all of the error is the fast version's.
 #include "helpers.h"
-#include "sampling.h"
 
 using namespace test;
 
@@ -30,7 +29,7 @@ TEST_CASE("matmul", "[ops]") {
       const auto w = random.weights(out * in, 0.5f);
       auto y = start, ref = start;
       cpu.matmul(y.data(), x.data(), w.data(), n, in, out, add);
-      definition::matmul(ref.data(), x.data(), w.data(), n, in, out, add);
+      reference::matmul(ref.data(), x.data(), w.data(), n, in, out, add);
       CHECK(worst_row(y, ref, out) < tolerance);
       auto wrong = w;
       wrong[(out - 1) * in].bits ^= 0x8000;
@@ -47,9 +46,9 @@ TEST_CASE("rmsnorm", "[ops]") {
     const auto w = random.weights(d, 1);
     std::vector<float> y(n * d), ref(n * d);
     cpu.rmsnorm(y.data(), x.data(), w.data(), n, d, 1e-5f);
-    definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-5f);
+    reference::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-5f);
     CHECK(worst_row(y, ref, d) < tolerance);
-    definition::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-2f);
+    reference::rmsnorm(ref.data(), x.data(), w.data(), n, d, 1e-2f);
     CHECK(worst_row(y, ref, d) > tolerance);
   }
 }
@@ -83,7 +82,7 @@ TEST_CASE("attention", "[ops]") {
     LayerCache<float> cache{k.data(), v.data(), capacity, slots};
     std::vector<float> o(q.size()), ref(q.size());
     cpu.attention(o.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, c.head_dim);
-    definition::attention(ref.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, c.head_dim);
+    reference::attention(ref.data(), q.data(), cache, c.n, c.seen, c.heads, c.kv_heads, c.head_dim);
     CHECK(worst_row(o, ref, c.head_dim) < tolerance);
     if (c.n >= 6) {  // in two calls, the same bits
       std::vector<float> parts(q.size());
@@ -93,7 +92,7 @@ TEST_CASE("attention", "[ops]") {
       CHECK(same_bits(parts, o));
     }
     if (c.seen == 1) continue;
-    definition::attention(ref.data(), q.data(), cache, c.n, c.seen - 1, c.heads, c.kv_heads, c.head_dim);
+    reference::attention(ref.data(), q.data(), cache, c.n, c.seen - 1, c.heads, c.kv_heads, c.head_dim);
     CHECK(worst_row(o, ref, c.head_dim) > tolerance);
   }
 }
@@ -106,7 +105,7 @@ TEST_CASE("silu, rope and exp", "[ops]") {
   auto ref = gate;
   const std::vector<float> up(gate.size(), 1);
   for (float& x : gate) x = Cpu::silu(x);
-  definition::swiglu(ref.data(), up.data(), ref.size());
+  reference::swiglu(ref.data(), up.data(), ref.size());
   CHECK(relative_error(gate, ref) < 1e-6);
   for (float x = -87; x < 88; x += 0.0137f) REQUIRE(fast::exp(x) == Approx(std::exp(double(x))).epsilon(3e-7));
   CHECK(std::isnan(fast::exp(NAN)));
@@ -140,7 +139,7 @@ TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]")
     const auto wk = random.weights(width * d, 0.1f), wv = random.weights(width * d, 0.1f);
     std::vector<float> k(n * width), v(n * width), ref(n * width), keys(heads * capacity * e), values(keys);
     LayerCache<float> cache{keys.data(), values.data(), capacity, used};
-    cpu.keys_values(cache, k.data(), v.data(), a.data(), wk.data(), wv.data(), cos.data(), sin.data(), n, d, heads, e);
+    cpu.project_kv(cache, k.data(), v.data(), a.data(), wk.data(), wv.data(), cos.data(), sin.data(), n, d, heads, e);
     CHECK(cache.used == used + n);
     // The appended slots, as rows again
     auto rows_of = [&](const std::vector<float>& slots) {
@@ -150,23 +149,23 @@ TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]")
           std::copy_n(&slots[(h * capacity + used + r) * e], e, &rows[(r * heads + h) * e]);
       return rows;
     };
-    definition::matmul(ref.data(), a.data(), wv.data(), n, d, width, false);
+    reference::matmul(ref.data(), a.data(), wv.data(), n, d, width, false);
     CHECK(worst_row(rows_of(values), ref, width) < tolerance);
     CHECK(worst_row(rows_of(keys), ref, width) > tolerance);
-    definition::matmul(ref.data(), a.data(), wk.data(), n, d, width, false);
-    definition::rope(ref.data(), cos.data(), sin.data(), n, heads, e);
+    reference::matmul(ref.data(), a.data(), wk.data(), n, d, width, false);
+    reference::rope(ref.data(), cos.data(), sin.data(), n, heads, e);
     CHECK(worst_row(rows_of(keys), ref, width) < tolerance);
 
     const auto wg = random.weights(f * d, 0.1f), wu = random.weights(f * d, 0.1f);
     std::vector<float> gate(n * f), up(n * f), gate_ref(n * f), up_ref(n * f);
     const uint64_t before = cpu.counters.flops;
-    cpu.gated(gate.data(), up.data(), a.data(), wg.data(), wu.data(), n, d, f);
+    cpu.mlp_gate_up(gate.data(), up.data(), a.data(), wg.data(), wu.data(), n, d, f);
     CHECK(cpu.counters.flops - before == 2 * n * d * 2 * f);
-    definition::matmul(gate_ref.data(), a.data(), wg.data(), n, d, f, false);
-    definition::matmul(up_ref.data(), a.data(), wu.data(), n, d, f, false);
+    reference::matmul(gate_ref.data(), a.data(), wg.data(), n, d, f, false);
+    reference::matmul(up_ref.data(), a.data(), wu.data(), n, d, f, false);
     auto exchanged = up_ref;
-    definition::swiglu(exchanged.data(), gate_ref.data(), n * f);
-    definition::swiglu(gate_ref.data(), up_ref.data(), n * f);
+    reference::swiglu(exchanged.data(), gate_ref.data(), n * f);
+    reference::swiglu(gate_ref.data(), up_ref.data(), n * f);
     CHECK(worst_row(gate, gate_ref, f) < tolerance);
     CHECK(worst_row(gate, exchanged, f) > tolerance);
   }
@@ -175,7 +174,7 @@ TEST_CASE("keys, values and the gated product, of one row and of many", "[ops]")
 TEST_CASE("a row gives the same bits alone and among a few", "[ops]") {
   Cpu cpu;
   Random random(7);
-  const size_t n = Cpu::few, d = 333, heads = 2, e = 18, width = heads * e, f = 70;
+  const size_t n = Cpu::gemv_rows, d = 333, heads = 2, e = 18, width = heads * e, f = 70;
   const auto a = random.normal(n * d), cos = random.normal(n * e / 2), sin = random.normal(n * e / 2);
   const auto w1 = random.weights(f * d, 0.1f), w2 = random.weights(f * d, 0.1f);
   struct Results {
@@ -188,8 +187,8 @@ TEST_CASE("a row gives the same bits alone and among a few", "[ops]") {
     LayerCache<float> cache{r.keys.data(), r.values.data(), rows};
     const float *x = &a[first * d], *c = &cos[first * e / 2], *s = &sin[first * e / 2];
     cpu.matmul(r.product.data(), x, w1.data(), rows, d, f);
-    cpu.gated(r.gated.data(), up.data(), x, w1.data(), w2.data(), rows, d, f);
-    cpu.keys_values(cache, k.data(), v.data(), x, w1.data(), w2.data(), c, s, rows, d, heads, e);
+    cpu.mlp_gate_up(r.gated.data(), up.data(), x, w1.data(), w2.data(), rows, d, f);
+    cpu.project_kv(cache, k.data(), v.data(), x, w1.data(), w2.data(), c, s, rows, d, heads, e);
     return r;
   };
   auto row = [](const std::vector<float>& all, size_t r, size_t size) {
@@ -220,12 +219,12 @@ TEST_CASE("results do not depend on the number of threads", "[ops][threads]") {
   Cpu cpu(1);
   cpu.matmul(one.data(), x.data(), w.data(), n, in, out);
   std::vector<float> up(n * out), gated_one(n * out), gated_two(n * out), one_row(out), one_row_too(out);
-  cpu.gated(gated_one.data(), up.data(), x.data(), w.data(), w.data(), n, in, out);
-  cpu.gated(one_row.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
+  cpu.mlp_gate_up(gated_one.data(), up.data(), x.data(), w.data(), w.data(), n, in, out);
+  cpu.mlp_gate_up(one_row.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
   Cpu more(3);
   more.matmul(two.data(), x.data(), w.data(), n, in, out);
-  more.gated(gated_two.data(), up.data(), x.data(), w.data(), w.data(), n, in, out);
-  more.gated(one_row_too.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
+  more.mlp_gate_up(gated_two.data(), up.data(), x.data(), w.data(), w.data(), n, in, out);
+  more.mlp_gate_up(one_row_too.data(), up.data(), x.data(), w.data(), w.data(), 1, in, out);
   omp_set_num_threads(before);
   CHECK(same_bits(one, two));
   CHECK(same_bits(gated_one, gated_two));

@@ -1,7 +1,7 @@
-// perplexity.h against the definitions, written out in long double from the logits of another call.
-#include "perplexity.h"
-
+// cli/perplexity.h against the definitions, written out in long double from the logits of another call.
 #include "helpers.h"
+
+#include "../cli/perplexity.h"
 
 using namespace test;
 
@@ -138,7 +138,7 @@ TEST_CASE("the work beside the scores is what an engine counts", "[perplexity]")
       engine.prefill(std::span(piece.ids).first(prompt), piece.split, [](size_t, const float*) {});
       flops += engine.counted().flops;
       for (size_t i = prompt; i + 1 < piece.ids.size(); ++i) engine.decode(piece.ids[i]);
-      bytes += kv_bytes_used(engine, m.config.shape);
+      bytes += engine.kv_bytes_used();
     }
     const Work w = work_of(m.config.shape, p, pieces, sizeof(float));
     CHECK(w.prefill_flops == flops);

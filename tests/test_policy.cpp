@@ -76,10 +76,10 @@ TEST_CASE("K = L is full in every count", "[policy]") {
 
 TEST_CASE("a prompt stops at the last layer whose cache it fills", "[policy]") {
   const Policy p = policy(Method::share, 32, 0, true, every(4, 32));
-  CHECK(p.whole_layers() == 28);
-  CHECK(full_depth(32).whole_layers() == 31);
-  CHECK(policy(Method::speed, 32, 24).whole_layers() == 23);
-  CHECK(policy(Method::pop, 32, 24).whole_layers() == 24);
+  CHECK(p.full_prompt_layers() == 28);
+  CHECK(full_depth(32).full_prompt_layers() == 31);
+  CHECK(policy(Method::speed, 32, 24).full_prompt_layers() == 23);
+  CHECK(policy(Method::pop, 32, 24).full_prompt_layers() == 24);
   CHECK(p.cache_of(27) == 24);
   CHECK(policy(Method::swiftkv, 32, 24, true, {}, 3).cache_of(31) == 30);
   CHECK(policy(Method::swiftkv, 32, 24, true, {}, 3).cache_of(29) == 27);

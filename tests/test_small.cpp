@@ -19,8 +19,9 @@ const char* two_hop =
 
 std::string answer(const Model& m, const Policy& p, const std::string& text) {
   std::vector<int> ids = m.chat->first(std::nullopt, text, std::nullopt);
-  const size_t split = p.tail_is_one_token() ? ids.size() + m.chat->answer("").size() - 1 : ids.size();
-  for (int id : m.chat->answer("")) ids.push_back(id);
+  const std::vector<int> header = m.chat->answer("");
+  const size_t split = p.split(ids.size(), ids.size() + header.size());
+  ids.insert(ids.end(), header.begin(), header.end());
   Cpu cpu;
   Engine<Cpu> engine(m, p, {ids.size() + 12, ids.size() - split + 12, 512}, cpu);
   int id = 0;

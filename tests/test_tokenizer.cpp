@@ -1,4 +1,4 @@
-// test_tokenizer.cpp - tokenizer.h and chat.h on small hand-made vocabularies, hostile ones included, and on SmolLM2's
+// test_tokenizer.cpp - tokenizer.h on small hand-made vocabularies, hostile ones included, and on SmolLM2's
 // own where the cache folder has it. That ids equal Hugging Face's is tests/hf/test_tokenizer.py's part.
 #include <catch2/catch.hpp>
 #include <cstdlib>
@@ -6,9 +6,8 @@
 #include <functional>
 #include <random>
 
-#include "chat.h"
-#include "model.h"
-#include "tokenizer.h"
+#include "../model.h"
+#include "../tokenizer.h"
 
 using namespace speed;
 
@@ -400,18 +399,10 @@ TEST_CASE("random damage is refused or harmless", "[tokenizer]") {
       value = std::remove_reference_t<decltype(value)>(value ^ 1u << random() % (8 * sizeof value));
     };
     switch (round % 4) {
-      case 0:
-        damage(v.bytes);
-        break;
-      case 1:
-        damage(v.offsets);
-        break;
-      case 2:
-        damage(v.merges);
-        break;
-      case 3:
-        damage(json);
-        break;
+      case 0: damage(v.bytes); break;
+      case 1: damage(v.offsets); break;
+      case 2: damage(v.merges); break;
+      case 3: damage(json); break;
     }
     try {
       const Tokenizer t(json, v.bytes, v.offsets, v.merges, v.size());

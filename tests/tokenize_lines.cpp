@@ -9,7 +9,7 @@
 #include <cstdio>
 #include <iostream>
 
-#include "model.h"
+#include "../model.h"
 
 using namespace speed;
 

@@ -8,7 +8,7 @@
 #include <csignal>
 #include <random>
 
-#include "model.h"
+#include "../../model.h"
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
@@ -106,12 +106,8 @@ inline void mutate(json& j, std::mt19937& random) {
                                         INT64_MIN,     1000000000000,  "",    "\n",      "{date}",  "<|eot_id|>",
                                         json::array(), json::object(), {0, 1}};
   switch (random() % 5) {
-    case 0:
-      value = odd[random() % odd.size()];
-      break;
-    case 1:
-      value = json(*all[random() % all.size()]);
-      break;
+    case 0: value = odd[random() % odd.size()]; break;
+    case 1: value = json(*all[random() % all.size()]); break;
     case 2:
       if (value.is_number_integer()) value = value.get<uint64_t>() + random() % 9 - 4;
       break;

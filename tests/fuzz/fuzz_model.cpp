@@ -3,8 +3,12 @@
 // Seeds are the golden models, and the tokenizer alone of each: small, so that damage meets what is checked.
 #include <sys/mman.h>
 
+#define SPEED_METHOD_ONLY
+#include "../../speed.cu"
+
+#include "../../cli/policies.cpp"
+#include "../../cli/report.cpp"
 #include "fuzz.h"
-#include "options.h"
 
 using namespace fuzz;
 
@@ -29,9 +33,10 @@ void use(const Model& m) {
   for (const LayerWeights& l : m.weights.layers)
     sum += l.down[uint64_t(s.mlp) * s.hidden - 1].bits + l.wo[s.q_width() * s.hidden - 1].bits;
   require(sum != 1, "any sum but an unlikely one");  // so that the reads are made
-  for (const char* policy : {"full", "speed", "pop", "swiftkv"}) {
+  for (const PolicyInfo& policy : policies) {
     Options o;
-    o.policy = policy;
+    o.policy = policy.name;
+    if (policy.takes_kept) o.every = 2;
     try {
       const Policy p = make_policy(o, m.config);
       const Cost cost{s, p};

@@ -10,7 +10,7 @@ export folder=${2:-build/fuzz}
 mkdir -p "$folder"
 
 compile() {
-  clang++ -std=c++20 -O1 -g -Wall -Wextra -I. -Itests/fuzz "$@" -lpcre2-8
+  clang++ -std=c++20 -O1 -g -Wall -Wextra -fopenmp -Itests/fuzz "$@" -lopenblas -lpcre2-8
 }
 
 # fuzz TARGET SECONDS

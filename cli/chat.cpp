@@ -1,11 +1,16 @@
-// conversation.h - the chat mode: turns that follow each other, the caches kept between them.
-#pragma once
+// chat.cpp - the mode `chat`: turns that follow each other, the KV caches kept between them.
+#include <unistd.h>
 
-#include "generate.h"
+#include <charconv>
+#include <sstream>
+
+#include "modes.h"
+#include "run.h"
 
 namespace speed {
 
-// A conversation. The caches stay between turns; what was said is also kept as ids, so that another K can take it over.
+// A conversation. KV caches stay between turns. Its ids are kept too: when K changes, the next turn prefills all of it
+// again under the new policy.
 template <class B>
 class Conversation {
  public:
@@ -16,7 +21,7 @@ class Conversation {
     restart(true);
   }
 
-  // Reads turns until the input ends, or Ctrl-C ends it. Returns what each turn took in and drew.
+  // Reads turns until the input ends, or Ctrl-C ends it. Returns a record of each turn.
   json run() {
     const bool terminal = ::isatty(0) && ::isatty(2);
     if (terminal) std::cerr << context_ << " tokens of context; " << commands << "\n";
@@ -27,7 +32,7 @@ class Conversation {
         if (line == "/quit") break;
         if (!line.empty() && line[0] == '/') command(line);
         else if (!line.empty()) turn(line);
-      } catch (const Error& e) {  // what this turn asked for cannot be; the conversation goes on
+      } catch (const Error& e) {  // this turn cannot be run; the conversation goes on
         if (e.code != 2) throw;
         std::cerr << "speed: " << e.what() << "\n";
       }
@@ -42,7 +47,7 @@ class Conversation {
   void turn(const std::string& text) {
     if (const size_t bad = first_invalid_utf8(text); bad != std::string::npos)
       throw Error(2, "this line", "not UTF-8 at byte " + std::to_string(bad), "say it again; nothing was taken in");
-    Request r{said_, 0};
+    Request r{unprocessed_, 0};
     const std::vector<int> user = started_ ? chat_.next(text) : chat_.first(o_.system, text, o_.date);
     r.ids.insert(r.ids.end(), user.begin(), user.end());
     r.split = r.ids.size();
@@ -55,10 +60,10 @@ class Conversation {
                       std::to_string(context_ - used) + " of " + std::to_string(context_) + " are left",
                   "say it shorter, /reset, or start again with a larger -c");
     engine_->end_turn(o_.keep_answers);
-    const size_t split = policy_.tail_is_one_token() ? r.ids.size() - 1 : r.split;
+    const size_t split = policy_.split(r.split, r.ids.size());
     const size_t room = context_ - used - r.ids.size() + 1;
-    const Answer a = generate(*engine_, model_, r, split, std::min<size_t>(size_t(o_.n), room), o_,
-                              [](const std::string& s) { std::cout << s << std::flush; });
+    const Answer a = answer(*engine_, model_, r, split, std::min<size_t>(size_t(o_.n), room), o_,
+                            [](const std::string& s) { std::cout << s << std::flush; });
     std::cout << std::endl;
     turns_.push_back(answer_record(policy_, r.ids.size(), split, a));
     turns_.back()["prompt_ids"] = r.ids;
@@ -66,12 +71,12 @@ class Conversation {
     if (a.interrupted) return;
     started_ = true;
     history_.insert(history_.end(), r.ids.begin(), r.ids.end());
-    history_.insert(history_.end(), a.ids.begin(), a.ids.begin() + long(a.fed));
-    // The last token drawn was not fed back. A stop token is the template's to write; any other is still to be taken
-    // in.
-    said_.clear();
+    history_.insert(history_.end(), a.ids.begin(), a.ids.begin() + long(a.decode_steps));
+    // The last generated token was not fed back. A stop token is part of the template's marks; any other token is
+    // still to be prefilled.
+    unprocessed_.clear();
     const auto& stops = model_.config.eos;
-    if (std::find(stops.begin(), stops.end(), a.ids.back()) == stops.end()) said_ = {a.ids.back()};
+    if (std::find(stops.begin(), stops.end(), a.ids.back()) == stops.end()) unprocessed_ = {a.ids.back()};
     if (a.ids.size() == room)
       note("the context of " + std::to_string(context_) + " tokens is full; /reset starts anew");
     if (::isatty(2)) print_summary(policy_, r, split, a);
@@ -84,7 +89,7 @@ class Conversation {
     Options changed = o_;
     int k = 0;
     if (word == "/reset" && value.empty()) {
-      history_.clear(), said_.clear();
+      history_.clear(), unprocessed_.clear();
       started_ = false;
       return restart();
     } else if (word == "/k" && more.empty() &&
@@ -99,8 +104,7 @@ class Conversation {
     policy_ = make_policy(changed, model_.config);
     o_ = changed;
     std::cerr << describe(policy_) << "\n";
-    said_.insert(said_.begin(), history_.begin(),
-                 history_.end());  // taken in again with the next turn, under the new policy
+    unprocessed_.insert(unprocessed_.begin(), history_.begin(), history_.end());  // the next turn prefills it again
     history_.clear();
     restart();
   }
@@ -121,15 +125,16 @@ class Conversation {
   size_t context_ = 0;
   std::unique_ptr<Engine<B>> engine_;
   bool started_ = false;
-  std::vector<int> history_;  // ids in the caches
-  std::vector<int> said_;     // ids that belong to the conversation but are not in the caches yet
+  std::vector<int> history_;      // ids in the KV caches
+  std::vector<int> unprocessed_;  // ids of the conversation that are not in the KV caches yet
   json turns_ = json::array();
 };
 
-template <class B>
-int run_chat(const Options& o, json& record, const Model& model, B& backend) {
-  record["turns"] = Conversation<B>(o, model, backend).run();
-  return 0;
+int run_chat(const Options& o, json& record) {
+  return on_device(o, record, [&](Model& m, auto& backend) {
+    record["turns"] = Conversation(o, m, backend).run();
+    return 0;
+  });
 }
 
 }  // namespace speed

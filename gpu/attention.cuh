@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(prefill_threads)
   copy_async_commit();
 
   // A warp's rows are two times 16. Of these a thread has rows lane/4 and lane/4 + 8, index [i][half] below, and of
-  // each the columns 8 j + lane%4 * 2 and the next, as the tensor cores lay a result out (see device.cuh).
+  // each the columns 8 j + lane%4 * 2 and the next, as the tensor cores lay a result out (see cuda.cuh).
   float out[2][E / 8][4] = {}, most[2][2], sum[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) most[i][0] = most[i][1] = lowest, sum[i][0] = sum[i][1] = 0;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(decode_threads)
   constexpr int warps = decode_threads / warp_size, pieces = E / 32, words = E / 16;
   const int slice = int(blockIdx.x), slices = int(gridDim.x), kv_head = int(blockIdx.y), row = int(blockIdx.z);
   const int group = heads / int(gridDim.y), lane = int(threadIdx.x) % warp_size, warp = int(threadIdx.x) / warp_size;
-  const int quad = lane / 4, t = lane % 4;  // names of device.cuh: g and t
+  const int quad = lane / 4, t = lane % 4;  // names of cuda.cuh: g and t
   const int slots = int(*begin) + ahead + row, steps = (slots + decode_step - 1) / decode_step;
   const int from = int(int64_t(steps) * slice / slices), to = int(int64_t(steps) * (slice + 1) / slices);
   q += (size_t(row) * heads + kv_head * group) * E;

@@ -1,13 +1,12 @@
-// trace.h - one prompt, layer by layer: who visits, whose cache is read, and the work, counted and predicted.
-#pragma once
-
-#include "generate.h"
+// trace.cpp - the mode `trace`: one prompt, layer by layer: rows, slots, and the work, counted and predicted.
+#include "modes.h"
+#include "run.h"
 
 namespace speed {
 
-// The hidden states as each layer left them. A row that the policy stopped keeps the state it was stopped with.
-inline void write_hidden_states(const std::string& path, const std::vector<std::vector<float>>& states, size_t rows,
-                                size_t d) {
+// The residual stream after each layer. A row that the policy stopped keeps its last state.
+void write_hidden_states(const std::string& path, const std::vector<std::vector<float>>& states, size_t rows,
+                         size_t d) {
   json header;
   uint64_t at = 0;
   for (size_t l = 0; l < states.size(); ++l) {
@@ -26,7 +25,7 @@ inline void write_hidden_states(const std::string& path, const std::vector<std::
 }
 
 template <class B>
-int run_trace(const Options& o, json& record, const Model& model, B& backend) {
+int trace(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
   const Shape& s = c.shape;
   const Policy policy = make_policy(o, c);
@@ -81,7 +80,7 @@ int run_trace(const Options& o, json& record, const Model& model, B& backend) {
   add("head", engine.head_stats(), nullptr, nullptr, cost.head_flops(), 0);
   all.counted += engine.head_stats().counted;
   all.seconds += engine.head_stats().seconds;
-  add("all", all, nullptr, nullptr, cost.prefill_flops(N, T), kv_bytes_used(engine, s));
+  add("all", all, nullptr, nullptr, cost.prefill_flops(N, T), engine.kv_bytes_used());
   if (o.format == "text")
     std::cout << describe(policy) << ": " << N << " tokens, " << split << " prompt and " << T << " decode-phase\n"
               << "prompt: rows that pass the layer; K,V: rows that leave keys and values there\n"
@@ -90,6 +89,10 @@ int run_trace(const Options& o, json& record, const Model& model, B& backend) {
   if (!o.dump.empty()) write_hidden_states(o.dump, states, N, size_t(s.hidden));
   record["result"] = table.rows_as_json();
   return 0;
+}
+
+int run_trace(const Options& o, json& record) {
+  return on_device(o, record, [&](Model& m, auto& backend) { return trace(o, record, m, backend); });
 }
 
 }  // namespace speed

@@ -1,16 +1,16 @@
-// bench.h - how fast, beside how fast this machine could be.
+// bench.cpp - the mode `bench`: how fast, beside how fast this machine could be.
 //
 // Two ceilings are measured before and after every repetition of every test, because a shared machine changes from
 // minute to minute: the rate at which all threads together read memory, and that of their best matrix products. They
 // give the time no program could beat just then, max(FLOPs / ceiling, bytes / ceiling) by the cost model's counts; the
 // share shown is that time's part of the time taken.
-#pragma once
-
 #include <array>
+#include <iostream>
 #include <numeric>
 
 #include "backend.h"
-#include "request.h"
+#include "modes.h"
+#include "policies.h"
 
 namespace speed {
 
@@ -25,7 +25,7 @@ double seconds_of(Work work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-inline Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
+Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
   Ceilings best;
   const size_t words = size_t(64) << 20, block = 1 << 10, line = 16;  // 256 MiB, well beyond any cache
   if (const uint64_t have = cpu.available_memory(); have < words * sizeof(uint32_t))
@@ -77,12 +77,12 @@ inline Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
 }
 
 // So that no repetition finds weights or cache where the one before left them, in a cache of the processor.
-inline void flush(Cpu&) {}
+void flush(Cpu&) {}
 
-#ifdef SPEED_CUDA
+#ifdef __CUDACC__
 // Read-only bandwidth over memory far larger than the L2 cache; and cuBLAS on the products of one layer of this shape,
 // with a full chunk of rows of random values (zeros are faster).
-inline Ceilings measure_ceilings(Gpu& gpu, const Shape& s) {
+Ceilings measure_ceilings(Gpu& gpu, const Shape& s) {
   Ceilings best;
   Event begin, end;
   auto best_of = [&](int times, auto work) {
@@ -129,7 +129,7 @@ inline Ceilings measure_ceilings(Gpu& gpu, const Shape& s) {
   return best;
 }
 
-inline void flush(Gpu& gpu) {
+void flush(Gpu& gpu) {
   Gpu::Buffer<uint8_t> other(2 * gpu.device().l2_bytes);
   fill_bytes(other.get(), 0, other.size, gpu.stream());
   gpu.wait();
@@ -152,7 +152,7 @@ struct BenchTest {
   }
 };
 
-inline Ceilings median(const std::vector<Ceilings>& all) {
+Ceilings median(const std::vector<Ceilings>& all) {
   std::vector<double> gflops, gbps;
   for (const Ceilings& c : all) gflops.push_back(c.gflops), gbps.push_back(c.gbps);
   return {median(gflops), median(gbps)};
@@ -183,7 +183,7 @@ void run_bench_test(BenchTest& t, const Model& model, size_t chunk, B& backend) 
 }
 
 template <class B>
-Table bench_table(const std::vector<BenchTest>& tests, const std::string& commit, const B& backend) {
+Table bench_table(const std::vector<BenchTest>& tests, const B& backend) {
   Table table({{"test", "test"},
                {"policy", ""},
                {"name", "policy"},
@@ -231,7 +231,7 @@ Table bench_table(const std::vector<BenchTest>& tests, const std::string& commit
                name(t.policy.method),
                describe(t.policy),
                t.policy.k,
-               t.policy.method == Method::speed ? json(t.policy.bos) : json(),
+               bos_of(t.policy),
                t.prompt,
                t.gen,
                t.depth,
@@ -256,7 +256,7 @@ Table bench_table(const std::vector<BenchTest>& tests, const std::string& commit
 }
 
 template <class B>
-int run_bench(const Options& o, json& record, Model& model, B& backend) {
+int bench(const Options& o, json& record, Model& model, B& backend) {
   if constexpr (std::is_same_v<B, Cpu>)
     if (!model.has_file()) model.make_weights();
   const Config& c = model.config;
@@ -293,7 +293,7 @@ int run_bench(const Options& o, json& record, Model& model, B& backend) {
   std::vector<Ceilings> ceilings;
   for (const BenchTest& t : tests) ceilings.insert(ceilings.end(), t.ceilings.begin(), t.ceilings.end());
   const Ceilings typical = median(ceilings);
-  const Table table = bench_table(tests, SPEED_COMMIT, backend);
+  const Table table = bench_table(tests, backend);
   if (o.format == "json") {
     std::cout << table.rows_as_json().dump(2) << "\n";
   } else {
@@ -305,6 +305,10 @@ int run_bench(const Options& o, json& record, Model& model, B& backend) {
   }
   record["results"] = table.rows_as_json();
   return 0;
+}
+
+int run_bench(const Options& o, json& record) {
+  return on_device(o, record, [&](Model& m, auto& backend) { return bench(o, record, m, backend); });
 }
 
 }  // namespace speed

@@ -7,8 +7,8 @@
 
 #include <functional>
 
+#include "../cpu/reference.h"
 #include "attention.cuh"
-#include "cpu.h"
 
 namespace speed {
 
@@ -188,8 +188,8 @@ class Gpu {
     product(y, x, w, n, in, out, add);
   }
 
-  void queries(bf16* q, const bf16* a, const bf16* wq, const float* cos, const float* sin, size_t n, size_t d,
-               size_t n_heads, size_t head_dim) {
+  void project_q(bf16* q, const bf16* a, const bf16* wq, const float* cos, const float* sin, size_t n, size_t d,
+                 size_t n_heads, size_t head_dim) {
     const size_t width = n_heads * head_dim;
     counters.product(n, d, width);
     if (n == 1) return matvec(width / 2, a, d, kernel::Queries{q, wq, cos, sin, int(d), int(n_heads), int(head_dim)});
@@ -197,8 +197,8 @@ class Gpu {
     go(kernel::rope, blocks(n * width / 16, 256), 256, 0, q, cos, sin, int(n), int(n_heads), int(head_dim));
   }
 
-  void keys_values(LayerCache<bf16>& cache, bf16* k, bf16* v, const bf16* a, const bf16* wk, const bf16* wv,
-                   const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
+  void project_kv(LayerCache<bf16>& cache, bf16* k, bf16* v, const bf16* a, const bf16* wk, const bf16* wv,
+                  const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
     const size_t width = n_kv_heads * head_dim;
     counters.product(n, d, 2 * width);
     if (n == 1) {
@@ -232,7 +232,7 @@ class Gpu {
     else attend<128>(o, q, cache, n, seen, n_heads, n_kv_heads);
   }
 
-  void gated(bf16* gate, bf16* up, const bf16* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
+  void mlp_gate_up(bf16* gate, bf16* up, const bf16* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
     counters.product(n, d, 2 * f);
     if (n == 1) return matvec(f, a, d, kernel::Gated{gate, wg, wu, int(d), int(f)});
     product(gate, a, wg, n, d, f, false);

@@ -1,38 +1,31 @@
-// request.h - from what the user typed to token ids: text, model, where the prompt ends, how much context.
-#pragma once
+// request.cpp - see request.h.
+#include "request.h"
 
-#include <atomic>
+#include <unistd.h>
+
+#include <filesystem>
 #include <fstream>
+#include <iostream>
 
-#include "model.h"
-#include "options.h"
 #include "report.h"
 
 namespace speed {
 
-// Set by the first Ctrl-C: the run stops at the next layer, so that it can still say what it did.
-inline std::atomic<bool> interrupted = false;
-struct Interrupted {};
+std::atomic<bool> interrupted = false;
 
-struct Request {
-  std::vector<int> ids;
-  size_t split = 0;
-};
-
-inline std::string read_all(std::istream& in) {
+static std::string read_all(std::istream& in) {
   std::string text{std::istreambuf_iterator<char>(in), {}};
   if (interrupted) throw Interrupted{};  // half a text is none
   return text;
 }
 
-inline std::string read_file(const std::string& path) {
+std::string read_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   if (!in || std::filesystem::is_directory(path)) throw Error(1, path, "cannot be read", "check the path");
   return read_all(in);
 }
 
-// The text the user gave, byte for byte.
-inline std::string read_text(const Options& o) {
+std::string read_text(const Options& o) {
   std::string text, from = "-p";
   if (o.from_stdin) {
     if (::read(0, nullptr, 0) != 0) throw Error(1, "standard input", std::strerror(errno), "give a file or a pipe");
@@ -49,7 +42,7 @@ inline std::string read_text(const Options& o) {
   return text;
 }
 
-inline std::vector<int> plain_ids(const Model& model, const std::string& text) {
+static std::vector<int> plain_ids(const Model& model, const std::string& text) {
   std::vector<int> ids;
   if (model.config.bos >= 0) ids.push_back(model.config.bos);
   const std::vector<int> more = model.tokenizer->encode(text, false);
@@ -57,14 +50,13 @@ inline std::vector<int> plain_ids(const Model& model, const std::string& text) {
   return ids;
 }
 
-inline const ChatTemplate& chat_template(const Model& model) {
+const ChatTemplate& chat_template(const Model& model) {
   if (!model.chat)
     throw Error(2, "--chat", "this model's chat template is none that is known", "leave it out: plain text works");
   return *model.chat;
 }
 
-// Text to ids, and where the prompt ends: in a chat before the assistant header, in plain text before the last token.
-inline Request make_request(const Options& o, const Model& model) {
+Request make_request(const Options& o, const Model& model) {
   const std::string text = read_text(o);
   if (text.empty()) throw Error(2, "prompt", "it is empty", "give some text");
   Request r;
@@ -90,22 +82,12 @@ inline Request make_request(const Options& o, const Model& model) {
   return r;
 }
 
-inline size_t split_under(const Policy& p, const Options& o, const Request& r) {
+size_t split_under(const Policy& p, const Options& o, const Request& r) {
   if (o.split) return size_t(*o.split);
-  return p.tail_is_one_token() ? r.ids.size() - 1 : r.split;
+  return p.split(r.split, r.ids.size());
 }
 
-inline void note(const std::string& text) { std::cerr << "speed: note: " << text << "\n"; }
-
-inline void note_if_not_adapted(const std::vector<Policy>& policies, const Config& c) {
-  std::string list;
-  for (const Policy& p : policies)
-    if (!adapted(p, c)) list += (list.empty() ? "" : ", ") + describe(p);
-  if (!list.empty()) note("these weights were not trained for " + list + "; expect worse answers than at full depth");
-}
-
-// The model named by -m, else by the environment (run.sh does so), else the one that comes with the program.
-inline std::string model_path(const Options& o) {
+static std::string model_path(const Options& o) {
   if (!o.model.empty()) return o.model;
   if (const char* path = std::getenv("SPEED_MODEL"); path && *path) return path;
   const auto bundled = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "models" / "small.safetensors";
@@ -114,16 +96,14 @@ inline std::string model_path(const Options& o) {
   return bundled.string();
 }
 
-// That model, or, for timing, one that is only a shape.
-inline Model load(const Options& o) {
+Model load(const Options& o) {
   if (!o.model.empty() && !o.shape.empty()) throw Error(2, "-m, --shape", "both given", "use one of them");
   for (auto& s : known_shapes())
     if (s.name == o.shape) return Model(s, false);
   return Model(model_path(o));
 }
 
-// Context in tokens for a request of N and n new ones.
-inline size_t context_for(const Options& o, const Config& c, size_t N, size_t n) {
+size_t context_for(const Options& o, const Config& c, size_t N, size_t n) {
   if (o.context && size_t(o.context) < N)
     throw Error(2, "-c " + std::to_string(o.context), "the prompt has " + std::to_string(N) + " tokens",
                 "use a larger -c or a shorter prompt");

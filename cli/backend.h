@@ -1,16 +1,23 @@
-// backend.h - the device that --device names.
+// backend.h - the device that --device names, and the model on it.
 #pragma once
 
 #include <sys/resource.h>
 
-#include "forward.h"
+#include <fstream>
+#include <memory>
+
 #include "options.h"
 #include "report.h"
-#ifdef SPEED_CUDA
-#include "gpu.cuh"
-#endif
+#include "request.h"
 
 namespace speed {
+
+inline std::string processor() {
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);)
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
 
 inline std::string device_name(const Cpu&) { return std::to_string(omp_get_max_threads()) + " threads"; }
 inline std::string hardware(const Cpu&) {
@@ -30,7 +37,7 @@ inline json device_record(const Cpu&) {
           {"compiler", __VERSION__}};
 }
 
-#ifdef SPEED_CUDA
+#ifdef __CUDACC__
 inline std::string device_name(const Gpu& gpu) { return gpu.device().name; }
 inline std::string hardware(const Gpu& gpu) { return gpu.device().name; }
 inline uint64_t peak_bytes(const Gpu&) { return Gpu::peak_bytes(); }
@@ -50,20 +57,22 @@ inline json device_record(const Gpu& gpu) {
 }
 #endif
 
-// Calls work(backend) with the device that the flags name: under auto a GPU, where one answers that can run this shape.
-// What it is goes into the run record.
+// Loads the model and calls work(model, backend) with the device that the flags name: under auto a GPU, where one
+// answers that can run this shape. What it is goes into the run record.
 template <class Work>
-int with_backend(const Options& o, [[maybe_unused]] const Shape& shape, json& record, Work work) {
+int on_device(const Options& o, json& record, Work work) {
+  Model model = load(o);
+  model.need_weights();
   auto run = [&](auto& backend) {
-    const int code = work(backend);
+    const int code = work(model, backend);
     record["device"] = device_record(backend);
     return code;
   };
-#ifdef SPEED_CUDA
+#ifdef __CUDACC__
   if (o.device != "cpu") {
     std::unique_ptr<Gpu> gpu;
     try {
-      Gpu::check(shape);
+      Gpu::check(model.config.shape);
       gpu = std::make_unique<Gpu>();
     } catch (const Error&) {
       if (o.device == "cuda") throw;

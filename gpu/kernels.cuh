@@ -1,4 +1,4 @@
-// kernels.cuh - the operations of cpu.h once more, as CUDA kernels: all but attention, which is in attention.cuh.
+// kernels.cuh - the operations of cpu/reference.h once more, as CUDA kernels: all but attention, which is in attention.cuh.
 //
 // The plain version of each, which runs on every GPU from compute capability 8.0 on. Weights, cache and the inputs of
 // tensor cores are bf16, all sums fp32, and so is the residual stream. No sum depends on the order in which blocks run:
@@ -8,7 +8,7 @@
 // a kernel must move is what it reads and writes once; tables of a few KiB are left out.
 #pragma once
 
-#include "device.cuh"
+#include "cuda.cuh"
 
 namespace speed {
 

@@ -1,4 +1,4 @@
-// device.cuh - what the kernels stand on: every PTX instruction in a wrapper of its own, every call of CUDA and cuBLAS
+// cuda.cuh - what the kernels stand on: every PTX instruction in a wrapper of its own, every call of CUDA and cuBLAS
 // in a thin host layer. Nothing here knows about language models.
 //
 // Each wrapper has two bodies. This file holds the one for the device. g++ -DSPEED_EMULATOR takes the other, from
@@ -15,8 +15,8 @@
 #include <string>
 #include <utility>
 
-#include "error.h"
-#include "model.h"
+#include "../base/bf16.h"
+#include "../base/error.h"
 
 namespace speed {
 
@@ -32,7 +32,7 @@ struct LaunchStream {
 }  // namespace speed
 
 #ifdef SPEED_EMULATOR
-#include "tests/emulator.h"
+#include "../tests/emulator.h"
 #else
 
 #include <cublas_v2.h>

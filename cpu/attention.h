@@ -1,9 +1,9 @@
-// attention.h - the CPU's attention, made fast. What it computes is definition::attention in cpu.h.
+// attention.h - the CPU's attention, made fast. What it computes is reference::attention in reference.h.
 //
-// Slots are taken a block at a time with a running softmax (Milakov & Gimelshein, arXiv 1805.02867), so no matrix of
-// rows x slots ever exists. Many rows are bound by arithmetic: their scores stay in the first cache from one product to
-// the next. A single row is bound by the reading of the cache, so each key and value is read once, for all the query
-// heads that share it.
+// Slots are processed in blocks with a running softmax (Milakov & Gimelshein, arXiv 1805.02867), so no matrix of rows x
+// slots ever exists. Many rows are limited by arithmetic: their scores stay in the L1 cache from one product to the
+// next. A single row is limited by reading the KV cache, so each key and value is read once, for all the query heads
+// that share it.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,15 @@
 #include <type_traits>
 #include <vector>
 
-#include "vectors.h"
+#include "../model.h"
+#include "simd.h"
 
 namespace speed::fast {
 
 // ---- many rows ----------------------------------------------------------------------------------------------------
 
-// Query rows lie side by side, as lanes of vectors; keys, values and queries then meet in sums over outer products, and
-// a row's softmax runs down its lane. Rows of all the query heads that share a key head go together.
+// Query rows are the lanes of vectors. A product of a key with all of them is then one multiply-add a dimension, and a
+// row's softmax stays in its lane. Rows of all the query heads that share a key head are processed together.
 
 // One number for each of `tile` query rows.
 struct Columns {
@@ -30,7 +31,7 @@ struct Columns {
   void set(size_t j, float x) { part[j / lanes][j % lanes] = x; }
 };
 constexpr size_t tile = 2 * lanes;
-// Sums kept in registers at once: of 32 with AVX-512, of 16 else, two hold a pair of vectors, one a number they meet.
+// Sums kept in registers at once. AVX-512 has 32 registers, others 16; a sum is two of them, and three are left over.
 constexpr size_t sums_at_once = lanes == 16 ? 12 : 6;
 
 // y[r] = sum over i < n of a[r * row + i * step] * b[i], or y[r] += that sum, for r < rows
@@ -49,16 +50,16 @@ void product(Columns* y, const float* a, size_t row, size_t step, const Columns*
   if constexpr (R > 1) product<add, R - 1>(y, a, row, step, b, n, rows);
 }
 
-// `tile` query rows on their way through the slots.
+// The running softmax of `tile` query rows.
 struct QueryTile {
-  static constexpr size_t slot_block = 128;  // their scores, 8 or 16 KiB, fit the first cache
+  static constexpr size_t slot_block = 128;  // the scores of a block, 8 or 16 KiB, fit the L1 cache
 
   std::vector<Columns> q, out;  // [head_dim]: scaled queries; sums of weighted values
-  Columns most, sum;            // of the scores, and of their weights
-  size_t sees[tile];            // slots; never fewer than those of the column before
+  Columns row_max, sum;         // of the scores; of their exponentials
+  size_t sees[tile];            // slots that a row sees; they never decrease from one row to the next
 
-  // Takes one more block of slots, s0 and those after it, into the sums.          k, v [slots, head_dim]
-  void take(const float* k, const float* v, size_t s0, size_t head_dim) {
+  // Adds the next block of slots, from s0 on, to the sums.          k, v [slots, head_dim]
+  void add_slots(const float* k, const float* v, size_t s0, size_t head_dim) {
     if (sees[tile - 1] <= s0) return;
     const size_t slots = std::min(slot_block, sees[tile - 1] - s0);
     Columns score[slot_block];
@@ -67,19 +68,19 @@ struct QueryTile {
       for (size_t j = 0; j < tile; ++j)
         if (sees[j] <= s0 + s) score[s].set(j, -INFINITY);
     for (size_t j = 0; j < 2; ++j) {
-      Vector block_most = most.part[j], block_sum = {};
-      for (size_t s = 0; s < slots; ++s) block_most = score[s].part[j] > block_most ? score[s].part[j] : block_most;
-      for (size_t s = 0; s < slots; ++s) block_sum += score[s].part[j] = exp(score[s].part[j] - block_most);
-      const Vector factor = exp(most.part[j] - block_most);
+      Vector block_max = row_max.part[j], block_sum = {};
+      for (size_t s = 0; s < slots; ++s) block_max = score[s].part[j] > block_max ? score[s].part[j] : block_max;
+      for (size_t s = 0; s < slots; ++s) block_sum += score[s].part[j] = exp(score[s].part[j] - block_max);
+      const Vector factor = exp(row_max.part[j] - block_max);
       for (size_t i = 0; i < head_dim; ++i) out[i].part[j] *= factor;
       sum.part[j] = sum.part[j] * factor + block_sum;
-      most.part[j] = block_most;
+      row_max.part[j] = block_max;
     }
     product<true>(out.data(), v, 1, head_dim, score, slots, head_dim);
   }
 };
 
-// A row's result has the same bits however many rows go along with it.
+// Attention of n > 1 rows. A row's result has the same bits whatever other rows are in the call.
 inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
                         size_t n_kv_heads, size_t head_dim) {
   constexpr size_t row_block = 32;
@@ -87,14 +88,14 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
   const float scale = 1 / std::sqrt(float(head_dim));
 #pragma omp parallel
   {
-    const size_t most_tiles = (row_block * group + tile - 1) / tile;
-    const auto room = std::make_unique<QueryTile[]>(most_tiles);  // not a vector: nvcc cannot read one of vectors
-    for (QueryTile& t : std::span(room.get(), most_tiles)) t.q.resize(head_dim), t.out.resize(head_dim);
+    const size_t max_tiles = (row_block * group + tile - 1) / tile;
+    const auto scratch = std::make_unique<QueryTile[]>(max_tiles);  // no std::vector: nvcc rejects one of vectors
+    for (QueryTile& t : std::span(scratch.get(), max_tiles)) t.q.resize(head_dim), t.out.resize(head_dim);
 #pragma omp for schedule(dynamic)
-    for (size_t item = 0; item < blocks * n_kv_heads; ++item) {  // the last rows see most, so they are begun first
+    for (size_t item = 0; item < blocks * n_kv_heads; ++item) {  // the last rows see most slots: start with them
       const size_t r0 = (blocks - 1 - item / n_kv_heads) * row_block, g = item % n_kv_heads,
                    rows = std::min(row_block, n - r0), all = rows * group, first = g * cache.capacity * head_dim;
-      const std::span tiles(room.get(), (all + tile - 1) / tile);
+      const std::span tiles(scratch.get(), (all + tile - 1) / tile);
       // Column c of all is row r0 + c / group of head g * group + c % group; those past the end repeat the last.
       auto each_column = [&](auto use) {
         for (size_t c = 0; c < tiles.size() * tile; ++c) {
@@ -104,7 +105,7 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
       };
       for (QueryTile& t : tiles) {
         std::fill(t.out.begin(), t.out.end(), Columns{});
-        for (size_t j = 0; j < 2; ++j) t.most.part[j] = Vector{} - INFINITY, t.sum.part[j] = Vector{};
+        for (size_t j = 0; j < 2; ++j) t.row_max.part[j] = Vector{} - INFINITY, t.sum.part[j] = Vector{};
       }
       each_column([&](QueryTile& t, size_t j, size_t r, size_t at) {
         t.sees[j] = seen + r;
@@ -112,7 +113,7 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
       });
       for (size_t s0 = 0; s0 < seen + r0 + rows - 1; s0 += QueryTile::slot_block)
         for (QueryTile& t : tiles)
-          t.take(cache.k + first + s0 * head_dim, cache.v + first + s0 * head_dim, s0, head_dim);
+          t.add_slots(cache.k + first + s0 * head_dim, cache.v + first + s0 * head_dim, s0, head_dim);
       each_column([&](const QueryTile& t, size_t j, size_t, size_t at) {
         for (size_t i = 0; i < head_dim; ++i) o[at + i] = t.out[i][j] / t.sum[j];
       });
@@ -123,18 +124,18 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
 // ---- one row ------------------------------------------------------------------------------------------------------
 // `Size` is a number, or a type that holds one: loops whose length the compiler knows are twice as fast.
 
-constexpr size_t slot_block = 256;  // slots taken at once
+constexpr size_t slot_block = 256;  // slots of one block
 constexpr size_t heads_at_once = 8;
-constexpr size_t ahead = 1024;  // floats of the cache asked for before they are used
+constexpr size_t prefetch_ahead = 1024;  // floats
 
-// score = e^(score - most), for the most of all          score [slots]; returns {most, sum of the results}
+// score = e^(score - row_max), row_max the largest score          score [slots]; returns {row_max, sum of the results}
 inline std::array<float, 2> exponentials(float* score, size_t slots) {
-  float most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-  for (size_t s = 0; s < slots; ++s) most = score[s] > most ? score[s] : most;
+  float row_max = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : row_max)
+  for (size_t s = 0; s < slots; ++s) row_max = score[s] > row_max ? score[s] : row_max;
 #pragma omp simd reduction(+ : sum)
-  for (size_t s = 0; s < slots; ++s) sum += score[s] = exp(score[s] - most);
-  return {most, sum};
+  for (size_t s = 0; s < slots; ++s) sum += score[s] = exp(score[s] - row_max);
+  return {row_max, sum};
 }
 
 // score [heads, slots] = scale * q k^T          k [slots, head_dim]; q [heads, head_dim]
@@ -144,7 +145,7 @@ void scores(float (*score)[slot_block], const float* q, const float* k, size_t h
   size_t s = 0;
   for (; s + 4 <= slots; s += 4) {
     const float* key = k + s * head_dim;
-    for (size_t i = 0; i < 4 * head_dim; i += 16) __builtin_prefetch(key + ahead + i);
+    for (size_t i = 0; i < 4 * head_dim; i += 16) __builtin_prefetch(key + prefetch_ahead + i);
     for (size_t h = 0; h < heads; ++h) {
       const float* query = q + h * head_dim;
       Vector sum[4] = {};
@@ -182,50 +183,50 @@ void add_values(float* out, const float* weight, const float* v, size_t slots, S
       for (size_t s = 0; s < slots; ++s) out[i] += weight[s] * v[s * head_dim + i];
 }
 
-// Some heads that share keys and values, over one block of slots: of each head the sum of its weighted values, its
-// largest score, and the sum of its weights.
-// parts [heads, head_dim + 2]; q [heads, head_dim]; k, v [slots, head_dim]
+// Some heads that share keys and values, over one block of slots. A head's partial result is the sum of its weighted
+// values, its largest score, and the sum of its weights.
+// partials [heads, head_dim + 2]; q [heads, head_dim]; k, v [slots, head_dim]
 template <class Size>
-void attend_block(float* parts, const float* q, const float* k, const float* v, size_t heads, size_t slots,
+void attend_block(float* partials, const float* q, const float* k, const float* v, size_t heads, size_t slots,
                   Size head_dim, float scale) {
   const size_t width = head_dim + 2;
   float score[heads_at_once][slot_block];
   scores(score, q, k, heads, slots, head_dim, scale);
   for (size_t h = 0; h < heads; ++h) {
-    std::fill_n(parts + h * width, size_t(head_dim), 0.0f);
-    std::ranges::copy(exponentials(score[h], slots), parts + h * width + head_dim);
+    std::fill_n(partials + h * width, size_t(head_dim), 0.0f);
+    std::ranges::copy(exponentials(score[h], slots), partials + h * width + head_dim);
   }
   constexpr size_t step = 8;
   for (size_t s = 0; s < slots; s += step) {
     const size_t m = std::min(step, slots - s);
-    for (size_t i = 0; i < m * head_dim; i += 16) __builtin_prefetch(v + s * head_dim + ahead + i);
-    for (size_t h = 0; h < heads; ++h) add_values<8>(parts + h * width, score[h] + s, v + s * head_dim, m, head_dim);
+    for (size_t i = 0; i < m * head_dim; i += 16) __builtin_prefetch(v + s * head_dim + prefetch_ahead + i);
+    for (size_t h = 0; h < heads; ++h) add_values<8>(partials + h * width, score[h] + s, v + s * head_dim, m, head_dim);
   }
 }
 
-// Threads take blocks of slots; the parts are joined at the end, always in the same order (flash-decoding: Dao et al.,
-// 2023). `parts` is room for them.
+// Attention of one row. Threads process blocks of slots; their partial results are joined at the end, always in the
+// same order (flash-decoding: Dao et al., 2023). `partials` is scratch memory.
 template <class Size>
 void attend_row(float* o, const float* q, const LayerCache<float>& cache, size_t seen, size_t n_heads,
-                size_t n_kv_heads, Size head_dim, std::vector<float>& parts, bool threads) {
+                size_t n_kv_heads, Size head_dim, std::vector<float>& partials, bool threads) {
   const size_t blocks = (seen + slot_block - 1) / slot_block, group = n_heads / n_kv_heads, width = head_dim + 2;
   const float scale = 1 / std::sqrt(float(head_dim));
-  parts.resize(blocks * n_heads * width);
+  partials.resize(blocks * n_heads * width);
 #pragma omp parallel for collapse(2) schedule(dynamic) if (threads)
   for (size_t g = 0; g < n_kv_heads; ++g)
     for (size_t b = 0; b < blocks; ++b) {
       const size_t s = b * slot_block, first = (g * cache.capacity + s) * head_dim;
       for (size_t h = g * group; h < (g + 1) * group; h += heads_at_once)
-        attend_block(parts.data() + (b * n_heads + h) * width, q + h * head_dim, cache.k + first, cache.v + first,
+        attend_block(partials.data() + (b * n_heads + h) * width, q + h * head_dim, cache.k + first, cache.v + first,
                      std::min(heads_at_once, (g + 1) * group - h), std::min(slot_block, seen - s), head_dim, scale);
     }
   for (size_t h = 0; h < n_heads; ++h) {
-    auto part = [&](size_t b) { return parts.data() + (b * n_heads + h) * width; };
-    float most = -INFINITY, sum = 0, *out = o + h * head_dim;
-    for (size_t b = 0; b < blocks; ++b) most = std::max(most, part(b)[head_dim]);
+    auto part = [&](size_t b) { return partials.data() + (b * n_heads + h) * width; };
+    float row_max = -INFINITY, sum = 0, *out = o + h * head_dim;
+    for (size_t b = 0; b < blocks; ++b) row_max = std::max(row_max, part(b)[head_dim]);
     std::fill_n(out, size_t(head_dim), 0.0f);
     for (size_t b = 0; b < blocks; ++b) {
-      const float weight = exp(part(b)[head_dim] - most);
+      const float weight = exp(part(b)[head_dim] - row_max);
       sum += weight * part(b)[head_dim + 1];
       for (size_t i = 0; i < head_dim; ++i) out[i] += weight * part(b)[i];
     }

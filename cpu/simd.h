@@ -1,4 +1,4 @@
-// vectors.h - what the fast versions of a CPU's operations stand on: the processor's vectors, sums of products, e^x.
+// simd.h - SIMD helpers for the CPU's fast operations: the processor's vectors, sums of products, e^x.
 //
 // GCC's and clang's vector extensions: + and * work on all lanes at once, a float on one side meets every lane.
 #pragma once
@@ -10,7 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "model.h"
+#include "../base/bf16.h"
 
 namespace speed::fast {
 
@@ -54,9 +54,9 @@ inline Four sums(const Vector (&v)[4]) {
 }
 
 // {w . x[0], ..., w . x[R-1]}          w [n]; x [R, n]
-// Asking for what lies some lines ahead reads up to two thirds faster: the processor's own prefetcher stops at the end
-// of each 4 KiB page. (Asking beyond the end of the file does nothing.) One line at a time: a processor keeps few
-// requests open, and waits where a whole row is asked for at once.
+// Prefetching some lines ahead reads up to two thirds faster, because the processor's own prefetcher stops at the end of
+// each 4 KiB page. (A prefetch beyond the end of the file does nothing.) It prefetches one line at a time: a processor
+// keeps few requests open, and stalls when a whole row is requested at once.
 template <size_t R>
 std::array<float, R> dot(const bf16* w, const float* x, size_t n) {
   constexpr size_t line = 32, near = 256, far = 2048;  // weights

@@ -1,0 +1,122 @@
+// generate.cpp - the mode `generate`: completes a text, or with --compare shows several policies side by side.
+#include "modes.h"
+#include "run.h"
+
+namespace speed {
+
+// A policy fed with the reference answer.
+struct Forced {
+  double same_top1;   // share of its tokens that this policy, too, finds likeliest
+  uint64_t kv_bytes;  // in the KV caches at its end
+};
+
+template <class B>
+Forced force(const Model& model, const Policy& p, const Request& r, size_t split, const std::vector<int>& answer,
+             const Options& o, B& b) {
+  std::vector<int> ids = r.ids;
+  ids.insert(ids.end(), answer.begin(), answer.end() - 1);
+  Engine<B> engine = make_engine(model, p, ids.size(), ids.size() - split, o, b);
+  size_t same = 0, first = r.ids.size() - 1 - split;
+  engine.prefill(
+      ids, split,
+      [&](size_t i, const float* l) {
+        if (i >= first) same += arg_max(l, model.config.shape.vocab) == answer[i - first];
+      },
+      true);
+  return {double(same) / double(answer.size()), engine.kv_bytes_used()};
+}
+
+template <class B>
+int compare(const Options& o, json& record, const Model& model, const Request& r, B& backend) {
+  const Config& c = model.config;
+  const std::vector<Policy> policies = compared_policies(o, c);
+  const size_t N = r.ids.size(), n = size_t(o.n), context = context_for(o, c, N, n);
+  constexpr int rounds = 3;  // of timing each prompt, policies in turn; the table shows the median
+  auto run = [&](const Policy& p, const Emit& emit, size_t tokens) {
+    const size_t split = split_under(p, o, r);
+    Engine<B> engine = make_engine(model, p, context, std::min(context, N - split + n), o, backend);
+    return answer(engine, model, r, split, tokens, o, emit);
+  };
+  const Emit quiet = [](const std::string&) {};
+  run(policies[0], quiet, 1);  // untimed: brings the weights into memory
+  std::vector<Answer> answers;
+  std::vector<std::vector<double>> first(policies.size());
+  const bool show = o.format != "json" && o.format != "csv";
+  for (const Policy& p : policies) {
+    if (show) std::cout << (answers.empty() ? "" : "\n") << "── " << describe(p) << "\n" << std::flush;
+    answers.push_back(run(
+        p,
+        [&](const std::string& s) {
+          if (show) std::cout << s << std::flush;
+        },
+        n));
+    if (show) std::cout << "\n";
+    if (answers.back().interrupted) return 130;
+    first[answers.size() - 1].push_back(answers.back().first_token);
+  }
+  for (int i = 1; i < rounds; ++i)
+    for (size_t j = 0; j < policies.size(); ++j) {
+      first[j].push_back(run(policies[j], quiet, 1).first_token);
+      if (interrupted) return 130;
+    }
+  Table table({{"policy", ""},
+               {"k", ""},
+               {"bos", ""},
+               {"name", "policy"},
+               {"same_top1", "same token"},
+               {"texts_part_at", "texts part at"},
+               {"prefill_flops", "prompt work"},
+               {"kv_bytes", "KV cache"},
+               {"first_token_s", "first token"},
+               {"decode_tokens_per_s", "tokens/s"}});
+  for (size_t j = 0; j < policies.size(); ++j) {
+    const Policy& p = policies[j];
+    const Answer& a = answers[j];
+    const auto& reference = answers[0].ids;
+    const size_t part =
+        size_t(std::mismatch(a.ids.begin(), a.ids.end(), reference.begin(), reference.end()).first - a.ids.begin());
+    const bool parts = a.ids != reference;
+    const Forced forced = force(model, p, r, split_under(p, o, r), reference, o, backend);
+    const double rate = a.decode_steps ? double(a.decode_steps) / a.decode : 0;
+    table.row({name(p.method),
+               p.k,
+               bos_of(p),
+               describe(p),
+               {forced.same_top1, fixed(100 * forced.same_top1, 1) + " %"},
+               {parts ? json(part + 1) : json(), parts ? "token " + std::to_string(part + 1) : "-"},
+               {a.prompt.flops, flops_text(double(a.prompt.flops))},
+               {forced.kv_bytes, bytes_text(double(forced.kv_bytes))},
+               {median(first[j]), seconds_text(median(first[j]))},
+               {rate, fixed(rate, 1)}});
+  }
+  if (show) std::cout << "\n";
+  table.print(std::cout, o.format);
+  record["results"] = table.rows_as_json();
+  note_if_not_adapted(policies, c);
+  return 0;
+}
+
+template <class B>
+int generate_text(const Options& o, json& record, const Model& model, B& backend) {
+  const Config& c = model.config;
+  const Policy policy = make_policy(o, c);
+  const Request r = make_request(o, model);
+  if (o.compare) return compare(o, record, model, r, backend);
+  const size_t N = r.ids.size(), context = context_for(o, c, N, size_t(o.n)), split = split_under(policy, o, r);
+  const size_t n = std::min(size_t(o.n), context - N + 1);
+  note_if_not_adapted({policy}, c);
+  Engine<B> engine = make_engine(model, policy, context, std::min(context, N - split + n), o, backend, true);
+  const Answer a = answer(engine, model, r, split, n, o, [](const std::string& s) { std::cout << s << std::flush; });
+  std::cout << std::endl;
+  print_summary(policy, r, split, a);
+  record["result"] = answer_record(policy, N, split, a);
+  record["prompt_ids"] = r.ids;
+  record["new_ids"] = a.ids;
+  return a.interrupted ? 130 : 0;
+}
+
+int run_generate(const Options& o, json& record) {
+  return on_device(o, record, [&](Model& m, auto& backend) { return generate_text(o, record, m, backend); });
+}
+
+}  // namespace speed

@@ -1,0 +1,48 @@
+// options.h - what a command line says: a struct of values, filled in by options.cpp.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace speed {
+
+struct Options {
+  std::string mode;
+  // what to run on
+  std::string model, prompt, file, tokens, tokens_file, shape;
+  bool has_prompt = false, from_stdin = false;
+  // how much
+  int n = 128, context = 0, chunk = 0, threads = 0;
+  // chat
+  bool chat = false, keep_answers = false;
+  std::optional<std::string> system, date;
+  std::string answer_prefix;
+  std::vector<std::string> stop;
+  // policy
+  std::optional<std::string> policy;
+  std::optional<int> k, split, every, group;
+  std::optional<bool> bos;
+  std::optional<std::string> keep;
+  std::optional<std::string> compare;  // "" compares with the policy flags, else a list
+  // sampling
+  float temperature = 0, top_p = 1, min_p = 0;
+  int top_k = 0;
+  uint64_t seed = 0;
+  // plan
+  int ctx = 1024, tail = 1, new_tokens = 128, kv_bytes = 2, weight_bytes = 2;
+  // bench
+  std::string prompts = "512", depths = "0", ks;
+  int repetitions = 5;
+  // perplexity
+  std::optional<int> prompt_tokens, answer_tokens;
+  // output
+  std::string format = "text", record, out, dump, device = "auto";
+  bool json = false, special = false, decode = false;
+};
+
+// Reads the command line. Prints help or the version and returns nothing where that was asked for.
+// Throws Error 2, with the nearest flag or mode as a hint.
+std::optional<Options> read_options(int argc, char** argv);
+
+}  // namespace speed

@@ -1,0 +1,42 @@
+// policies.h - from flags to policies, and from policies to the words that tables show.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../base/json.h"
+#include "options.h"
+
+namespace speed {
+
+// What the flags say about the policy, for a model of this configuration. `has_weights` is false for a bare shape,
+// under which every policy can be planned. Throws Error 2 for what this model cannot run.
+Policy make_policy(const Options& o, const Config& c, bool has_weights = true);
+
+// Full depth, and the policies of --compare, or, where its list is empty, the one the policy flags name.
+std::vector<Policy> compared_policies(const Options& o, const Config& c);
+
+// bench: every policy of --policy with every K of --k, where it takes one.
+std::vector<Policy> bench_policies(const Options& o, const Config& c, bool has_weights);
+
+// "speed K=24 no BoS", "share 8/32".
+std::string describe(const Policy& p);
+
+// Of a policy that has an anchor, whether it is used; else null.
+json bos_of(const Policy& p);
+
+// Are these weights as good under this policy as they can be: trained for it, or does it need no training?
+bool adapted(const Policy& p, const Config& c);
+
+// Says so, once, where they are not.
+void note_if_not_adapted(const std::vector<Policy>& policies, const Config& c);
+
+// The names of all policies; words as "a, b or c".
+std::vector<std::string> policy_names();
+std::string listed(const std::vector<std::string>& words, const std::string& last);
+
+// The numbers of a list such as "1,2,3"; `flag` is named where it is none.
+std::vector<int> read_ids(std::string text, const std::string& flag);
+std::vector<int> read_numbers(const std::string& text, const std::string& flag);
+
+}  // namespace speed

@@ -1,0 +1,111 @@
+// program.cpp - from the command line to a mode and an exit code: signals, libraries, run records, errors.
+#include <sys/resource.h>
+
+#include <csignal>
+#include <iostream>
+
+#include "backend.h"
+#include "modes.h"
+
+namespace speed {
+
+// ---- signals ------------------------------------------------------------------------------------------------------
+// The first Ctrl-C asks the run to stop at the next layer, so that it can still say what it did; a second one kills.
+// Whatever signal kills, no half-written file is left; a model file cut short while it was mapped (SIGBUS) is named.
+
+static void die(int signal) {
+  if (unfinished[0]) ::unlink(unfinished);
+  if (signal == SIGBUS) {
+    constexpr std::string_view line =
+        "speed: model file: it was cut short or became unreadable while in use; start again with a whole file\n";
+    [[maybe_unused]] const ssize_t written = ::write(2, line.data(), line.size());
+    ::_exit(1);
+  }
+  ::signal(signal, SIG_DFL);
+  ::raise(signal);
+}
+
+static void watch_signals() {
+  for (int signal : {SIGBUS, SIGHUP, SIGPIPE, SIGTERM})
+    if (struct sigaction now{}; sigaction(signal, nullptr, &now) == 0 && now.sa_handler == SIG_DFL)
+      ::signal(signal, die);
+  ::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is then an error of write, as a full disk is
+  struct sigaction action {};  // without SA_RESTART: a read that waits for input ends
+  action.sa_handler = [](int) { interrupted = true, ::signal(SIGINT, die); };
+  sigaction(SIGINT, &action, nullptr);
+}
+
+// ---- libraries, run records ---------------------------------------------------------------------------------------
+
+static void write_record(const Options& o, int argc, char** argv, json record) {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  json line = json::array();
+  for (int i = 0; i < argc; ++i) line.push_back(argv[i]);
+  record["program"] = version;
+  record["command"] = line;
+  record["mode"] = o.mode;
+  if (!record.contains("device")) record["device"] = device_record(Cpu(o.threads));
+  record["seed"] = o.seed;
+  record["peak_bytes"] = uint64_t(usage.ru_maxrss) * 1024;
+  OutputFile out(o.record);
+  out.write(record.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
+  out.finish();
+}
+
+// Libraries that read their settings when they are loaded can only be told by starting again, once.
+// OpenBLAS: Debian's is older than many processors and may take kernels for a lesser one; one thread, because OpenMP
+// makes the threads here. OpenMP: a thread that waits for the next loop spins for some microseconds, then sleeps; the
+// default, milliseconds, is a hundred times slower as soon as another program wants the core.
+static void set_up_libraries(char** argv) {
+  if (std::getenv("OPENBLAS_NUM_THREADS")) return;
+  setenv("OPENBLAS_NUM_THREADS", "1", 1);
+  setenv("GOMP_SPINCOUNT", "1000", 0);
+  const std::string core = openblas_get_corename();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      (core == "Haswell" || core == "Zen"))
+    setenv("OPENBLAS_CORETYPE", "SkylakeX", 0);
+  execv("/proc/self/exe", argv);
+}
+
+// ---- the program --------------------------------------------------------------------------------------------------
+
+static int run(int argc, char** argv) {
+  const std::optional<Options> o = read_options(argc, argv);
+  if (!o) return 0;
+  for (const std::string& path : {o->record, o->out, o->dump})
+    if (!path.empty()) require_writable(path);
+  json record;
+  int code = 0;
+  for (const Mode& mode : modes)
+    if (o->mode == mode.name) code = mode.run(*o, record);
+  if (!o->record.empty()) write_record(*o, argc, argv, record);
+  return code;
+}
+
+int program(int argc, char** argv) {
+  set_up_libraries(argv);
+  watch_signals();
+  std::cout.exceptions(std::ios::badbit | std::ios::failbit);
+  auto failed = [](const std::string& why, int code) {
+    std::cout.exceptions(std::ios::goodbit);  // for std::cerr flushes it
+    std::cerr << "speed: " << why << "\n";
+    return code;
+  };
+  try {
+    const int code = run(argc, argv);
+    std::cout.flush();
+    return code;
+  } catch (const Error& e) {
+    return failed(e.what(), e.code);
+  } catch (const Interrupted&) {
+    return 130;
+  } catch (const std::ios::failure&) {
+    return failed(std::string("standard output: cannot be written: ") + std::strerror(errno) + "; check where it goes",
+                  1);
+  } catch (const std::bad_alloc&) {
+    return failed("memory: there is not enough; use a smaller -c, -n or --chunk", 1);
+  }
+}
+
+}  // namespace speed

@@ -1,0 +1,71 @@
+// report.h - what people read beside the answer: numbers with units, tables in four formats, progress, notes.
+#pragma once
+
+#include <chrono>
+#include <iosfwd>
+#include <string>
+#include <vector>
+
+#include "../base/json.h"
+
+namespace speed {
+
+extern const char* const version;  // "speed 0.1 (commit)"
+extern const char* const commit;
+
+std::string fixed(double x, int digits);
+std::string flops_text(double x);  // 12345678 -> "12.3 MFLOP", in steps of 1000
+std::string bytes_text(double x);  // in steps of 1024
+std::string seconds_text(double s);
+double median(std::vector<double> v);
+size_t columns(const std::string& s);  // width on a terminal, for text of one column a code point
+
+// One line on stderr.
+void note(const std::string& text);
+
+// A table for people (text, md) and programs (csv, json): every cell is a value and how it is shown.
+class Table {
+ public:
+  struct Column {
+    std::string key, title;  // an empty title: not for people
+  };
+  struct Cell {
+    json value;
+    std::string text;
+    template <class T>
+    Cell(const T& v)
+        : value(v),
+          text(value.is_string() ? value.template get<std::string>()
+               : value.is_null() ? ""
+                                 : value.dump()) {}
+    template <class T>
+    Cell(const T& v, std::string t) : value(v), text(std::move(t)) {}
+  };
+
+  explicit Table(std::vector<Column> c) : columns_(std::move(c)) {}
+  void row(std::vector<Cell> cells) { rows_.push_back(std::move(cells)); }
+  json rows_as_json() const;
+  void print(std::ostream& out, const std::string& format) const;
+
+ private:
+  void print_aligned(std::ostream& out, bool md) const;
+
+  std::vector<Column> columns_;
+  std::vector<std::vector<Cell>> rows_;
+};
+
+// A bar on stderr for work that takes more than half a second; nothing where stderr is no terminal.
+class Progress {
+ public:
+  explicit Progress(std::string what);
+  ~Progress() { clear(); }
+  void update(double share);
+  void clear();
+
+ private:
+  std::string what_;
+  bool on_, shown_ = false;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now(), last_{};
+};
+
+}  // namespace speed

@@ -1,0 +1,40 @@
+// request.h - from what the user typed to token ids: text, model, where the prompt ends, how much context.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "options.h"
+
+namespace speed {
+
+// Set by the first Ctrl-C: the run stops at the next layer, so that it can still say what it did.
+extern std::atomic<bool> interrupted;
+
+struct Request {
+  std::vector<int> ids;
+  size_t split = 0;  // ids[0, split) are prompt tokens
+};
+
+std::string read_file(const std::string& path);
+
+// The text the user gave, byte for byte. Throws Error 1 where it is not UTF-8.
+std::string read_text(const Options& o);
+
+// Text to ids, and where the prompt ends: in a chat before the assistant header, in plain text before the last token.
+Request make_request(const Options& o, const Model& model);
+
+// Where the prompt ends under this policy, or where --split says.
+size_t split_under(const Policy& p, const Options& o, const Request& r);
+
+// The model's chat template. Throws Error 2 where it has none.
+const ChatTemplate& chat_template(const Model& model);
+
+// The model named by -m, else by $SPEED_MODEL (run.sh does so), else the bundled one; or, for timing, only a shape.
+Model load(const Options& o);
+
+// Context in tokens for a request of N and n new ones. Throws Error 2 where the model's own is too short.
+size_t context_for(const Options& o, const Config& c, size_t N, size_t n);
+
+}  // namespace speed

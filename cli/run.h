@@ -1,0 +1,95 @@
+// run.h - what the modes that run the engine share: an engine from flags, an answer as text, its summary.
+#pragma once
+
+#include <functional>
+#include <iostream>
+
+#include "../text/stream.h"
+#include "backend.h"
+#include "policies.h"
+
+namespace speed {
+
+// An engine for `context` tokens, of which at most `decode` are decode-phase at any time.
+// With `banner`, it first prints one line: model, policy, device, and the memory this will take.
+template <class B>
+Engine<B> make_engine(const Model& model, const Policy& p, size_t context, size_t decode, const Options& o, B& backend,
+                      bool banner = false) {
+  auto print = [&](const Engine<B>& engine) {
+    const Cost cost{model.config.shape, p};
+    if (!banner) return;
+    const uint64_t load = backend.bytes_to_load(model);
+    std::cerr << model.config.shape.name << ": " << describe(p) << ", " << B::name << ", " << device_name(backend)
+              << "; memory: " << bytes_text(double(load ? load : cost.weight_bytes(sizeof(bf16)))) << " of weights, "
+              << bytes_text(double(engine.bytes_needed())) << " for this run, of it "
+              << bytes_text(double(engine.kv_bytes_needed())) << " KV cache\n";
+  };
+  return Engine<B>(model, p, {context, decode, size_t(o.chunk)}, backend, print);
+}
+
+// Reports how far a prefill of n_tokens is, and stops the run on Ctrl-C. Assign it to Engine::on_layer.
+template <class B>
+auto prefill_progress(Engine<B>& engine, size_t n_tokens, std::function<void(double)> update) {
+  const size_t before = engine.position();
+  const int n_layers = engine.shape().n_layers;
+  return [=](int l, size_t first, size_t rows, const auto*) {
+    update((double(first - before) + double(rows) * (l + 1) / n_layers) / double(n_tokens));
+    if (interrupted) throw Interrupted{};
+  };
+}
+
+using Emit = std::function<void(const std::string&)>;
+
+// Prefills the request, then generates up to n tokens; `emit` receives the text as it comes.
+template <class B>
+Answer answer(Engine<B>& engine, const Model& model, const Request& r, size_t split, size_t n, const Options& o,
+              const Emit& emit) {
+  TextStream text(o.stop);
+  Progress progress("prompt");
+  bool prefilled = false;
+  engine.on_layer = prefill_progress(engine, r.ids.size(), [&](double share) {
+    if (!prefilled) progress.update(share);
+  });
+  const Sampler sampler({o.temperature, o.top_k, o.top_p, o.min_p, o.seed});
+  const Answer a = generate(engine, r.ids, split, n, sampler, model.config.eos, [&](int token) {
+    prefilled = true;
+    progress.clear();
+    emit(text.push(model.tokenizer->decode(token)));
+    return !text.stopped();
+  });
+  progress.clear();
+  emit(text.finish());
+  engine.on_layer = nullptr;
+  return a;
+}
+
+inline json answer_record(const Policy& p, size_t N, size_t split, const Answer& a) {
+  return {{"policy", name(p.method)},
+          {"k", p.k},
+          {"bos", bos_of(p)},
+          {"prompt_tokens", N},
+          {"split", split},
+          {"new_tokens", a.ids.size()},
+          {"first_token_s", a.first_token},
+          {"decode_s", a.decode},
+          {"decode_steps", a.decode_steps},
+          {"prefill_flops", a.prompt.flops},
+          {"kv_bytes", a.kv_bytes},
+          {"interrupted", a.interrupted}};
+}
+
+inline void print_summary(const Policy& p, const Request& r, size_t split, const Answer& a) {
+  std::cerr << "\n"
+            << describe(p) << ": " << r.ids.size() << " prompt tokens (" << r.ids.size() - split << " at full depth)";
+  if (a.ids.empty()) {
+    std::cerr << ", stopped before the first new one\n";
+    return;
+  }
+  std::cerr << ", " << flops_text(double(a.prompt.flops)) << ", first token after " << seconds_text(a.first_token)
+            << " (" << fixed(double(r.ids.size()) / a.first_token, 0) << " tokens/s)\n"
+            << a.ids.size() << " new tokens";
+  if (a.decode_steps) std::cerr << ", " << fixed(double(a.decode_steps) / a.decode, 1) << " tokens/s";
+  std::cerr << "; KV cache " << bytes_text(double(a.kv_bytes)) << (a.interrupted ? "; interrupted" : "") << "\n";
+}
+
+}  // namespace speed
