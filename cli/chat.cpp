@@ -46,7 +46,7 @@ class Conversation {
 
   void turn(const std::string& text) {
     if (const size_t bad = first_invalid_utf8(text); bad != std::string::npos)
-      throw Error(2, "this line", "not UTF-8 at byte " + std::to_string(bad), "say it again; nothing was taken in");
+      throw Error(2, "this line", "not UTF-8 at byte " + std::to_string(bad), "type it again; this line was ignored");
     Request r{unprocessed_, 0};
     const std::vector<int> user = started_ ? chat_.next(text) : chat_.first(o_.system, text, o_.date);
     r.ids.insert(r.ids.end(), user.begin(), user.end());

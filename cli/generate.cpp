@@ -38,7 +38,7 @@ int compare(const Options& o, json& record, const Model& model, const Request& r
     return answer(engine, model, r, split, tokens, o, emit);
   };
   const Emit quiet = [](const std::string&) {};
-  run(policies[0], quiet, 1);  // untimed: brings the weights into memory
+  run(policies[0], quiet, 1);  // untimed: reads the weights into memory
   std::vector<Answer> answers;
   std::vector<std::vector<double>> first(policies.size());
   const bool show = o.format != "json" && o.format != "csv";

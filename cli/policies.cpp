@@ -1,4 +1,4 @@
-// policies.cpp - which policies the flags ask for. The table of policies, model.h, says what each one takes.
+// policies.cpp - from flags to policies. The table of policies in model.h says which flags each one takes.
 #include "policies.h"
 
 #include <charconv>
