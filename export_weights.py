@@ -8,7 +8,9 @@ metadata the config, the tokenizer's rules and the chat template's turn marks, e
 A checkpoint that the engine would compute wrongly is refused by the name of the feature. Needs numpy, jinja2 for a chat
 template, gguf for a GGUF file.
 """
+
 import signal
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until there is something to tidy up
 
@@ -34,11 +36,12 @@ from checkpoint.folder import read_folder
 from checkpoint.gguf_file import read_gguf
 
 FORMAT = "speed 1"
-ALIGNMENT = 64        # of the first tensor, in bytes
-CHUNK = 1 << 22       # elements converted at a time: memory stays small whatever the model's size
+ALIGNMENT = 64  # of the first tensor, in bytes
+CHUNK = 1 << 22  # elements converted at a time: memory stays small whatever the model's size
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
+
 
 def select_tensors(config, tensors, extra):
     """The weights to write, name -> (shape, rows) in order. Missing, misshapen and unknown ones are errors; sets
@@ -52,8 +55,10 @@ def select_tensors(config, tensors, extra):
         if name not in tensors:
             raise Failure(f"{name}: missing in the checkpoint; get the whole checkpoint")
         if tensors[name][0] != shape:
-            raise Failure(f"{name}: expected the shape {list(shape)} by the config, got {list(tensors[name][0])}; "
-                          "use the config that belongs to the weights")
+            raise Failure(
+                f"{name}: expected the shape {list(shape)} by the config, got {list(tensors[name][0])}; "
+                "use the config that belongs to the weights"
+            )
     for name in tensors.keys() - shapes.keys():
         if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
             continue  # a buffer old versions of transformers saved; it follows from the config
@@ -61,17 +66,20 @@ def select_tensors(config, tensors, extra):
             continue  # part of every SwiftKV model, unused when all layers have keys and values of their own
         if name == "lm_head.weight":
             embedding = tensors["model.embed_tokens.weight"]
-            if tensors[name][0] == embedding[0] and \
-                    all(np.array_equal(tensors[name][1](i, i + 1024), embedding[1](i, i + 1024))
-                        for i in range(0, embedding[0][0], 1024)):
+            if tensors[name][0] == embedding[0] and all(
+                np.array_equal(tensors[name][1](i, i + 1024), embedding[1](i, i + 1024))
+                for i in range(0, embedding[0][0], 1024)
+            ):
                 continue
             raise unsupported("tie_word_embeddings with a head that differs from the embedding")
         raise unsupported(f"the tensor {name}")
     half = (config["head_dim"] // 2,)
     divisors = extra.get("rope.freq_divisors")
     if divisors is not None and (divisors.shape != half or not np.all(np.isfinite(divisors) & (divisors > 0))):
-        raise Failure(f"rope_freqs.weight: expected {half[0]} positive numbers, got the shape {list(divisors.shape)}; "
-                      "get the file again")
+        raise Failure(
+            f"rope_freqs.weight: expected {half[0]} positive numbers, got the shape {list(divisors.shape)}; "
+            "get the file again"
+        )
     return {name: tensors[name] for name in shapes}
 
 
@@ -116,6 +124,7 @@ def weight_chunks(name, shape, rows, head_dim, rounding):
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
+
 
 def write_file(out, metadata, entries):
     """Writes a .safetensors file: entries are (name, dtype, shape, chunks). It appears under its name only when it is
@@ -169,6 +178,7 @@ def show_progress(done, total):
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
+
 def export(checkpoint, out, tokenizer_only):
     """Exports and returns the summary, a list of lines."""
     if not checkpoint.exists():
@@ -192,18 +202,26 @@ def export(checkpoint, out, tokenizer_only):
         weights = select_tensors(config, tensors, extra)
     chat = recognise_chat(tokenizer)
     words = tokenizer.tensors(config["vocab_size"])
-    metadata = {"format": FORMAT, "config": json.dumps(config), "tokenizer": json.dumps(tokenizer.metadata()),
-                "chat": json.dumps(chat)}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "tokenizer": json.dumps(tokenizer.metadata()),
+        "chat": json.dumps(chat),
+    }
     # widest dtypes first, so that every tensor is aligned
     entries = [(n, "U32", words[n].shape, [words[n]]) for n in ("tokenizer.offsets", "tokenizer.merges")]
     entries += [(n, "F32", x.shape, [x]) for n, x in extra.items()]
-    entries += [(n, "BF16", shape, weight_chunks(n, shape, rows, config["head_dim"], rounding))
-                for n, (shape, rows) in weights.items()]
+    entries += [
+        (n, "BF16", shape, weight_chunks(n, shape, rows, config["head_dim"], rounding))
+        for n, (shape, rows) in weights.items()
+    ]
     entries += [("tokenizer.bytes", "U8", words["tokenizer.bytes"].shape, [words["tokenizer.bytes"]])]
     size = write_file(out, metadata, entries)
 
-    return [f"wrote {out}: {size / 1e6:.1f} MB, {len(entries)} tensors",
-            *summary(config, tokenizer, chat, rounding, extra)]
+    return [
+        f"wrote {out}: {size / 1e6:.1f} MB, {len(entries)} tensors",
+        *summary(config, tokenizer, chat, rounding, extra),
+    ]
 
 
 def summary(c, tokenizer, chat, rounding, extra):
@@ -211,18 +229,24 @@ def summary(c, tokenizer, chat, rounding, extra):
         scaling = f", llama3 scaling by {c['rope_scaling']['factor']:g}" if c["rope_scaling"] else ""
         scaling += ", with frequency divisors" if extra else ""
         head = "tied" if c["tie_word_embeddings"] else "untied"
-        yield (f"model: {c['name']}, {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, "
-               f"{c['num_attention_heads']} query and {c['num_key_value_heads']} KV heads of {c['head_dim']}, "
-               f"MLP {c['intermediate_size']}, {head} head, RoPE theta {c['rope_theta']:g}{scaling}, "
-               f"context {c['max_position_embeddings']}")
+        yield (
+            f"model: {c['name']}, {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, "
+            f"{c['num_attention_heads']} query and {c['num_key_value_heads']} KV heads of {c['head_dim']}, "
+            f"MLP {c['intermediate_size']}, {head} head, RoPE theta {c['rope_theta']:g}{scaling}, "
+            f"context {c['max_position_embeddings']}"
+        )
         if c["swiftkv"]:
             kept = "kept" if c["swiftkv"]["original_projections"] else "absent"
-            yield (f"SwiftKV: from layer {c['swiftkv']['num_key_value_layers']} up, groups of "
-                   f"{c['swiftkv']['key_value_group_size']}, ordinary projections {kept}")
+            yield (
+                f"SwiftKV: from layer {c['swiftkv']['num_key_value_layers']} up, groups of "
+                f"{c['swiftkv']['key_value_group_size']}, ordinary projections {kept}"
+            )
         yield f"weights: {rounding}"
     template = chat["template"] if chat else "unknown, --chat will not work" if tokenizer.template else "none"
-    yield (f"tokenizer: {c['vocab_size']} tokens, {len(tokenizer.merges)} merges, {len(tokenizer.special)} special, "
-           f"BoS {c['bos_token_id']}, EoS {c['eos_token_id']}; chat template: {template}")
+    yield (
+        f"tokenizer: {c['vocab_size']} tokens, {len(tokenizer.merges)} merges, {len(tokenizer.special)} special, "
+        f"BoS {c['bos_token_id']}, EoS {c['eos_token_id']}; chat template: {template}"
+    )
 
 
 def main(arguments):
@@ -230,8 +254,11 @@ def main(arguments):
         def error(self, message):
             raise Failure(f"command line: {message}; see --help", 2)
 
-    parser = Parser(prog="export_weights.py", description=__doc__.split(": ", 1)[1],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="export_weights.py",
+        description=__doc__.split(": ", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Hugging Face folder or .gguf file")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="file to write")
     parser.add_argument("--tokenizer-only", action="store_true", help="no weights, for `speed tokenize` and `info`")
@@ -242,15 +269,21 @@ def main(arguments):
     except Failure as failure:
         return fail(failure, failure.code)
     except OSError as error:
-        return fail(f"{error.filename or options.out}: {error.strerror or error}; free the space or the permission it "
-                    "needs, nothing was written")
+        return fail(
+            f"{error.filename or options.out}: {error.strerror or error}; free the space or the permission it "
+            "needs, nothing was written"
+        )
     except (MemoryError, RecursionError):
-        return fail(f"{options.checkpoint}: it takes more memory than there is; get the file again if it is not that "
-                    "large, nothing was written")
+        return fail(
+            f"{options.checkpoint}: it takes more memory than there is; get the file again if it is not that "
+            "large, nothing was written"
+        )
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         # a value of a kind no checkpoint has
-        return fail(f"{options.checkpoint}: not as a checkpoint should be ({type(error).__name__}: "
-                    f"{str(error)[:200]}); get it again")
+        return fail(
+            f"{options.checkpoint}: not as a checkpoint should be ({type(error).__name__}: "
+            f"{str(error)[:200]}); get it again"
+        )
     except KeyboardInterrupt as stop:
         return fail("interrupted; nothing was written", 128 + (stop.args or (signal.SIGINT,))[0])
     try:

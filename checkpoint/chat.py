@@ -4,6 +4,7 @@ A template is a program, and a stranger's. It is run in jinja2's sandbox and in 
 and memory, on conversations made up here. The engine never sees it: it gets the marks of a known one that renders the
 same, or none.
 """
+
 import json
 import os
 import re
@@ -36,10 +37,16 @@ def llama3_chat(template, system_prefix="", system_default=None, date_default=No
     def header(role):
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    return {"template": template, "trim": True, "begin": "<|begin_of_text|>",
-            "system": [header("system") + system_prefix, "<|eot_id|>"], "system_default": system_default,
-            "user": [header("user"), "<|eot_id|>"], "assistant": [header("assistant"), "<|eot_id|>"],
-            "date_default": date_default}
+    return {
+        "template": template,
+        "trim": True,
+        "begin": "<|begin_of_text|>",
+        "system": [header("system") + system_prefix, "<|eot_id|>"],
+        "system_default": system_default,
+        "user": [header("user"), "<|eot_id|>"],
+        "assistant": [header("assistant"), "<|eot_id|>"],
+        "date_default": date_default,
+    }
 
 
 def known_chats(plain):
@@ -49,12 +56,22 @@ def known_chats(plain):
     default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", plain, re.DOTALL)
     if default and len(default[1].encode()) > 16384:  # the engine's limit
         default = None
-    chatml = {"template": "chatml", "trim": False, "begin": "",
-              "system": ["<|im_start|>system\n", "<|im_end|>\n"], "system_default": default and default[1],
-              "user": ["<|im_start|>user\n", "<|im_end|>\n"], "assistant": ["<|im_start|>assistant\n", "<|im_end|>\n"],
-              "date_default": None}
-    return [llama3_chat("llama-3"), llama3_chat("llama-3.1", prefix, "", date),
-            llama3_chat("llama-3.2", prefix, "", date), chatml]
+    chatml = {
+        "template": "chatml",
+        "trim": False,
+        "begin": "",
+        "system": ["<|im_start|>system\n", "<|im_end|>\n"],
+        "system_default": default and default[1],
+        "user": ["<|im_start|>user\n", "<|im_end|>\n"],
+        "assistant": ["<|im_start|>assistant\n", "<|im_end|>\n"],
+        "date_default": None,
+    }
+    return [
+        llama3_chat("llama-3"),
+        llama3_chat("llama-3.1", prefix, "", date),
+        llama3_chat("llama-3.2", prefix, "", date),
+        chatml,
+    ]
 
 
 def render_marks(chat, messages, date):
@@ -88,14 +105,16 @@ def recognise_chat(tokenizer):
     today = "01 Jan 2000"
     names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     names = {key: text for key, text in names.items() if text is not None}
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda _: today)
 
     def render(messages):
         try:
             return environment.from_string(tokenizer.template).render(
-                messages=messages, add_generation_prompt=True, **names)
+                messages=messages, add_generation_prompt=True, **names
+            )
         except Exception:  # a template is foreign code: whatever it raises, it is not one of the known ones
             return None
 
@@ -106,16 +125,24 @@ def recognise_chat(tokenizer):
     def system(content):
         return [{"role": "system", "content": content}]
 
-    conversations = [turns("Hi."), turns("  a b\n\n", " c \t", "\u3000d\x1c"), turns("1", "2", "3", "4", "5"),
-                     system("Be brief.") + turns("Hi."), system(" \n s t \n") + turns("x", "y", " z"),
-                     system("") + turns("Hi."), turns("\n"), turns("a<b>'\"\\ é", "", "c")]
+    conversations = [
+        turns("Hi."),
+        turns("  a b\n\n", " c \t", "\u3000d\x1c"),
+        turns("1", "2", "3", "4", "5"),
+        system("Be brief.") + turns("Hi."),
+        system(" \n s t \n") + turns("x", "y", " z"),
+        system("") + turns("Hi."),
+        turns("\n"),
+        turns("a<b>'\"\\ é", "", "c"),
+    ]
     rendered = in_a_child(lambda: [render(c) for c in conversations]) or [None]
     for chat in known_chats(rendered[0] or ""):
         date = today if chat["template"] == "llama-3.2" else chat["date_default"] or ""
         marks = [m for role in ("system", "user", "assistant") for m in chat[role]] + [chat["begin"]]
         spelled = set(re.findall(r"<\|\w+\|>", "".join(marks)))
-        if spelled <= set(tokenizer.special.values()) and \
-                rendered == [render_marks(chat, c, date) for c in conversations]:
+        if spelled <= set(tokenizer.special.values()) and rendered == [
+            render_marks(chat, c, date) for c in conversations
+        ]:
             return chat
     return None
 

@@ -2,6 +2,7 @@
 
 Nothing in config.json is trusted. The limits are the engine's (model.h): no file is written that it would refuse.
 """
+
 from .failure import Failure, unsupported
 
 MOST_TOKENS = 1 << 24
@@ -44,21 +45,29 @@ def check_rope(config):
         return theta, None
     if kind != "llama3":
         raise unsupported(f"RoPE scaling of type {kind!r}")
-    scaling = {key: number(rope, key, low=1 if key == "factor" else 1e-6)
-               for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    scaling = {
+        key: number(rope, key, low=1 if key == "factor" else 1e-6)
+        for key in ("factor", "low_freq_factor", "high_freq_factor")
+    }
     if not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise Failure("config: rope scaling: low_freq_factor is not below high_freq_factor; repair the config")
     key = "original_max_position_embeddings"  # Hugging Face looks beside, then inside, then falls back to the context
-    scaling[key] = integer({**rope, **{k: v for k, v in config.items() if k == key and v is not None}}, key,
-                           config.get("max_position_embeddings", 2048))
+    scaling[key] = integer(
+        {**rope, **{k: v for k, v in config.items() if k == key and v is not None}},
+        key,
+        config.get("max_position_embeddings", 2048),
+    )
     return theta, scaling
 
 
 def check_adapted(config, layers):
     out = []
     for entry in config.get("speed_adapted", []):
-        if not isinstance(entry, dict) or set(entry) - {"policy", "k", "bos"} or \
-                entry.get("policy") not in ("full", "speed", "pop", "swiftkv", "share"):
+        if (
+            not isinstance(entry, dict)
+            or set(entry) - {"policy", "k", "bos"}
+            or entry.get("policy") not in ("full", "speed", "pop", "swiftkv", "share")
+        ):
             raise Failure(f"config: speed_adapted: {entry!r} is no policy with k and bos; repair the config")
         if entry.get("k") is not None and (type(entry["k"]) is not int or not 1 <= entry["k"] <= layers):
             raise Failure(f"config: speed_adapted: k is {entry['k']!r}, expected 1 to {layers}; repair the config")
@@ -106,14 +115,23 @@ def check_config(config, generation, name):
         swiftkv = {"num_key_value_layers": k, "key_value_group_size": group, "original_projections": True}
         adapted.append({"policy": "swiftkv", "k": k, "bos": True})
     return {
-        "name": name, "vocab_size": vocab, "hidden_size": hidden,
-        "intermediate_size": integer(config, "intermediate_size", 11008, high=1 << 20), "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "name": name,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": integer(config, "intermediate_size", 11008, high=1 << 20),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-6, 1e-30, 1),
         "max_position_embeddings": integer(config, "max_position_embeddings", 2048),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "rope_theta": theta, "rope_scaling": scaling, "bos_token_id": bos[0] if bos else None,
-        "eos_token_id": list(dict.fromkeys(eos)), "swiftkv": swiftkv, "adapted": adapted,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_id": list(dict.fromkeys(eos)),
+        "swiftkv": swiftkv,
+        "adapted": adapted,
     }
 
 
@@ -124,8 +142,13 @@ def tokenizer_config(config, generation, tokenizer, name):
     vocab = integer(config, "vocab_size", tokenizer.size(), high=MOST_TOKENS)
     bos, eos = (token_ids(config, key, vocab) for key in ("bos_token_id", "eos_token_id"))
     eos += token_ids(generation, "eos_token_id", vocab)
-    return {"name": name, "vocab_size": vocab, "bos_token_id": bos[0] if bos else None,
-            "eos_token_id": list(dict.fromkeys(eos)), "tokenizer_only": True}
+    return {
+        "name": name,
+        "vocab_size": vocab,
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_id": list(dict.fromkeys(eos)),
+        "tokenizer_only": True,
+    }
 
 
 def expected_tensors(config):

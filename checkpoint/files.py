@@ -1,4 +1,5 @@
 """JSON and .safetensors files, read without trust: every size, offset and count is checked before it is used."""
+
 import json
 import math
 import os
@@ -9,13 +10,14 @@ import numpy as np
 from .failure import Failure, damaged, unsupported
 
 JSON_LIMIT = 64 << 20  # bytes of a JSON file or of a header: four times Llama 3's tokenizer.json, and what Python makes
-                      # of as much hostile JSON, 2 GB, most machines can hold
+# of as much hostile JSON, 2 GB, most machines can hold
 WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
 
 
 def parse_json(text, what):
     """The JSON object in `text`. Duplicate keys, NaN and Infinity are errors."""
+
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a key appears twice")

@@ -1,4 +1,5 @@
 """A Hugging Face folder, as save_pretrained writes it. Its files are not trusted, nor its index to name only them."""
+
 from pathlib import Path
 
 from .failure import Failure, unsupported

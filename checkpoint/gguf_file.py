@@ -2,6 +2,7 @@
 
 The file is not trusted; pip's gguf is, for the sizes of quantised blocks and their dequantisation.
 """
+
 import math
 import re
 import struct
@@ -21,27 +22,45 @@ GGUF_SPLIT = {
     "llama-v3": ([LLAMA3_SPLIT], True),
 }
 GGUF_LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 GGUF_OTHER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 GGUF_CONFIG = {
-    "llama.block_count": "num_hidden_layers", "llama.context_length": "max_position_embeddings",
-    "llama.embedding_length": "hidden_size", "llama.feed_forward_length": "intermediate_size",
-    "llama.attention.head_count": "num_attention_heads", "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.key_length": "head_dim", "llama.vocab_size": "vocab_size",
-    "llama.rope.freq_base": "rope_theta", "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "tokenizer.ggml.bos_token_id": "bos_token_id", "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "llama.block_count": "num_hidden_layers",
+    "llama.context_length": "max_position_embeddings",
+    "llama.embedding_length": "hidden_size",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.key_length": "head_dim",
+    "llama.vocab_size": "vocab_size",
+    "llama.rope.freq_base": "rope_theta",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
 }
-GGUF_NEEDED = ("llama.block_count", "llama.embedding_length", "llama.feed_forward_length", "llama.attention.head_count",
-               "llama.attention.layer_norm_rms_epsilon")
+GGUF_NEEDED = (
+    "llama.block_count",
+    "llama.embedding_length",
+    "llama.feed_forward_length",
+    "llama.attention.head_count",
+    "llama.attention.layer_norm_rms_epsilon",
+)
 
 
 class Gguf(Reader):
     """A GGUF file (github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian, version 2 or 3. `values`: its
     metadata; `tensors`: name -> (shape, type, begin, end), shapes as Hugging Face writes them, offsets from the start
     of the file. Every count, length and offset is held against what is there before anything is made of it."""
+
     NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     STRING, ARRAY = 8, 9
 
@@ -90,10 +109,13 @@ class Gguf(Reader):
 
     def bytes(self, size):
         if size > len(self.head) - self.at:
-            raise self.bad("it ends within its header" if len(self.head) == self.size else
-                           f"its header is longer than {JSON_LIMIT >> 20} MB")
+            raise self.bad(
+                "it ends within its header"
+                if len(self.head) == self.size
+                else f"its header is longer than {JSON_LIMIT >> 20} MB"
+            )
         self.at += size
-        return self.head[self.at - size:self.at]
+        return self.head[self.at - size : self.at]
 
     def string(self):
         text = self.bytes(*self.take("Q"))
@@ -202,8 +224,10 @@ def gguf_tokenizer(values, path):
     if len(kinds) != len(tokens) or len(vocab) != kinds.count(normal) or any(len(merge) != 2 for merge in merges):
         raise Failure(f"{path}: token types, tokens or merges do not fit together; get the file again")
     split, ignore_merges = GGUF_SPLIT[pre]
-    bos, eos = (tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
-                for i in (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")))
+    bos, eos = (
+        tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
+        for i in (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id"))
+    )
     return Tokenizer(vocab, merges, special, split, ignore_merges, field("tokenizer.chat_template"), bos, eos)
 
 

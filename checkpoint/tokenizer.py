@@ -3,6 +3,7 @@
 tokenizer.json is not trusted: what would change token ids is refused by name, and so are tokens and merges that do not
 fit together.
 """
+
 import json
 
 import numpy as np
@@ -12,8 +13,10 @@ from .failure import Failure, unsupported
 from .files import is_naturals, read_json
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Hugging Face's Digits goes by Rust's char::is_numeric, which knows 13 code points more than \p{N} of its regex engine.
 DIGIT = r"[\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]"
 
@@ -40,6 +43,7 @@ def sequence(component, key):
 
 def split_patterns(pre_tokenizer):
     """The regular expressions, in order, of a pre-tokenizer that ends in ByteLevel."""
+
     def refuse(part):
         return unsupported(f"the pre-tokenizer {component_name(part)} ({json.dumps(part)[:200]})", "tokenizer.json")
 
@@ -112,12 +116,18 @@ class Tokenizer:
         offsets = np.cumsum([0, *map(len, spelling)])
         if offsets[-1] >= 1 << 32:
             raise Failure("tokenizer: more than 4 GiB of tokens; get the file again")
-        return {"tokenizer.offsets": offsets.astype(np.uint32), "tokenizer.merges": merges,
-                "tokenizer.bytes": np.frombuffer(b"".join(spelling), np.uint8)}
+        return {
+            "tokenizer.offsets": offsets.astype(np.uint32),
+            "tokenizer.merges": merges,
+            "tokenizer.bytes": np.frombuffer(b"".join(spelling), np.uint8),
+        }
 
     def metadata(self):
-        return {"split": self.split, "ignore_merges": self.ignore_merges,
-                "special": [[i, text] for i, text in sorted(self.special.items())]}
+        return {
+            "split": self.split,
+            "ignore_merges": self.ignore_merges,
+            "special": [[i, text] for i, text in sorted(self.special.items())],
+        }
 
 
 def added_tokens(data, settings):
@@ -181,5 +191,13 @@ def read_tokenizer(folder):
         raise unsupported("an unk_token for bytes that have no token", path)
     # either a string or an added token written out
     bos, eos = (t.get("content") if isinstance(t, dict) else t for t in map(settings.get, ("bos_token", "eos_token")))
-    return Tokenizer(vocab, merges, special, split_patterns(data.get("pre_tokenizer")),
-                     bool(model.get("ignore_merges")), read_template(folder, settings), bos, eos)
+    return Tokenizer(
+        vocab,
+        merges,
+        special,
+        split_patterns(data.get("pre_tokenizer")),
+        bool(model.get("ignore_merges")),
+        read_template(folder, settings),
+        bos,
+        eos,
+    )

@@ -4,6 +4,7 @@
 
 The model is a random one of five layers that comes with the tests; nothing in the picture depends on its weights.
 """
+
 import json
 import subprocess
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "golden" / "swiftkv.safetensors"
 TOKENS, TAIL = 10, 3  # of them decode-phase
-PANELS = [("full", "every token, every layer", ["--policy", "full"]),
-          ("speed  K=3", "upper layers never see the prompt", ["--policy", "speed", "--k", "3"]),
-          ("pop  K=3", "keys and values from layer K's input", ["--policy", "pop", "--k", "3"]),
-          ("swiftkv  K=2", "the same, one cache for two layers", ["--policy", "swiftkv"]),
-          ("share  0,2,4", "a dropped layer reads the one below", ["--policy", "share", "--keep", "0,2,4"])]
+PANELS = [
+    ("full", "every token, every layer", ["--policy", "full"]),
+    ("speed  K=3", "upper layers never see the prompt", ["--policy", "speed", "--k", "3"]),
+    ("pop  K=3", "keys and values from layer K's input", ["--policy", "pop", "--k", "3"]),
+    ("swiftkv  K=2", "the same, one cache for two layers", ["--policy", "swiftkv"]),
+    ("share  0,2,4", "a dropped layer reads the one below", ["--policy", "share", "--keep", "0,2,4"]),
+]
 CELL, GAP, LEFT, TOP = 15, 42, 58, 62
 STYLE = """
   text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #818b98 }
@@ -27,7 +30,7 @@ STYLE = """
 
 
 def trace(flags):
-    text = "abcdefghijklmnop"[:TOKENS - 1]  # one token a letter, and BoS in front
+    text = "abcdefghijklmnop"[: TOKENS - 1]  # one token a letter, and BoS in front
     command = [ROOT / "speed", "trace", "-m", MODEL, "-p", text, "--split", str(TOKENS - TAIL), "-o", "json", *flags]
     out = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return [row for row in out["rows"] if isinstance(row["layer"], int)]
@@ -69,18 +72,30 @@ def main():
         y = TOP + CELL * (layers - 1 - l) + 11
         parts.append(f'<text class="small" x="{LEFT - 8}" y="{y}" text-anchor="end">layer {l}</text>')
     y = TOP + CELL * layers + 40
-    legend = [("whole", "prompt token, whole layer"), ("kv", "only its keys and values"), ("none", "no work"),
-              ("anchor", "the BoS anchor, a constant"), ("tail", "answer token")]
+    legend = [
+        ("whole", "prompt token, whole layer"),
+        ("kv", "only its keys and values"),
+        ("none", "no work"),
+        ("anchor", "the BoS anchor, a constant"),
+        ("tail", "answer token"),
+    ]
     lx = LEFT
     for kind, words in legend:
-        parts.append(f'<rect class="{kind}" x="{lx}" y="{y - 10}" width="12" height="12" rx="2"/>'
-                     f'<text class="small" x="{lx + 18}" y="{y}">{words}</text>')
+        parts.append(
+            f'<rect class="{kind}" x="{lx}" y="{y - 10}" width="12" height="12" rx="2"/>'
+            f'<text class="small" x="{lx + 18}" y="{y}">{words}</text>'
+        )
         lx += 34 + 6 * len(words)
-    parts.append(f'<circle class="cache legend" cx="{lx + 6}" cy="{y - 4}" r="2.6"/>'
-                 f'<text class="small" x="{lx + 18}" y="{y}">has a slot in this layer\'s cache</text>')
-    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x} {y + 16}" width="{x}" height="{y + 16}" role="img" '
-           f'aria-label="What each token does in each layer under five policies"><style>{STYLE}</style>'
-           + "\n".join(parts) + "</svg>\n")
+    parts.append(
+        f'<circle class="cache legend" cx="{lx + 6}" cy="{y - 4}" r="2.6"/>'
+        f'<text class="small" x="{lx + 18}" y="{y}">has a slot in this layer\'s cache</text>'
+    )
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x} {y + 16}" width="{x}" height="{y + 16}" role="img" '
+        f'aria-label="What each token does in each layer under five policies"><style>{STYLE}</style>'
+        + "\n".join(parts)
+        + "</svg>\n"
+    )
     (ROOT / "docs" / "policies.svg").write_text(svg)
 
 

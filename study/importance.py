@@ -18,6 +18,7 @@ A gate needs no parameter: dL/dg_l = sum over its rows of <dL/dh_{l+1}, h_{l+1} 
 finite differences of real gates in float64, the draws with the Fisher information by enumeration and closed gates with
 POP as the tests know it, and plants faults that must be caught; under half a minute.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -45,20 +46,27 @@ except ImportError as error:
     raise SystemExit(f"importance.py: {error}; run it as  tests/hf/run.sh ~/.cache/speed study/importance.py")
 
 ROWS = ("anchor", "prompt", "header", "answer")  # disjoint sets of rows; a gate has some of them
-GATES = {"prefill": ("anchor", "prompt"), "prefill, no anchor": ("prompt",), "decode": ("header", "answer"),
-         "prefill, POP's split": ("anchor", "prompt", "header"), "decode, POP's split": ("answer",)}
+GATES = {
+    "prefill": ("anchor", "prompt"),
+    "prefill, no anchor": ("prompt",),
+    "decode": ("header", "answer"),
+    "prefill, POP's split": ("anchor", "prompt", "header"),
+    "decode, POP's split": ("answer",),
+}
 TABLE = ("prefill", "prefill, no anchor", "decode")  # the other two serve POP's closed gates and the JSON
 
 
 # ---- gradients of gates ----------------------------------------------------------------------------------------------
+
 
 def row_sets(n_rows, split, n_prompt):
     """float [4, n_rows] of 0 and 1, in the order of ROWS. Rows from split on, the assistant header's first, are
     decode-phase; those of the answer begin with the row that predicts its first token, n_prompt - 1. To POP the other
     rows of the header are prompt."""
     row = torch.arange(n_rows)
-    return torch.stack([row == 0, (row > 0) & (row < split), (row >= split) & (row < n_prompt - 1),
-                        row >= n_prompt - 1]).float()
+    return torch.stack(
+        [row == 0, (row > 0) & (row < split), (row >= split) & (row < n_prompt - 1), row >= n_prompt - 1]
+    ).float()
 
 
 class Pass:
@@ -75,8 +83,9 @@ class Pass:
             for module in (*layers[first:], decoder.norm):
                 handles.append(module.register_forward_pre_hook(lambda _, args: self.residual.append(args[0])))
             for layer, g in zip(layers[first:], [] if gates is None else gates):
-                handles.append(layer.register_forward_hook(
-                    lambda _, args, out, g=g[:, None]: args[0] + g * (out - args[0])))
+                handles.append(
+                    layer.register_forward_hook(lambda _, args, out, g=g[:, None]: args[0] + g * (out - args[0]))
+                )
             try:
                 decoder.layers = layers[first:]
                 self.logits = model(inputs_embeds=x, use_cache=False, logits_to_keep=n_targets).logits[0]
@@ -114,7 +123,7 @@ def pop(model, run, k, n_prompt):
     """[n_targets, vocab]: the logits of a pass if its prompt rows had closed gates in layers >= K. To POP the last
     prompt row is the first of full depth."""
     gates = torch.ones(len(run.residual) - 1 - k, run.residual[k].shape[1], dtype=run.logits.dtype)
-    gates[:, :n_prompt - 1] = 0
+    gates[:, : n_prompt - 1] = 0
     with torch.no_grad():
         return Pass(model, run.residual[k].detach(), len(run.logits), gates, first=k).logits
 
@@ -136,6 +145,7 @@ def load(path):
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
+
 def machine():
     """The processor's name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []:
@@ -148,9 +158,30 @@ def answer(a, prompt, seed):
     """(ids of the prompt, split, ids of an answer): sampled by ./speed at full depth, temperature 1. The answer ends
     with its stop token, unless it was cut off after a.n tokens."""
     with tempfile.NamedTemporaryFile(suffix=".json") as record:
-        done = subprocess.run([a.speed, "generate", "-m", a.model, "--chat", "--policy", "full", "--temp", "1",
-                               "-n", str(a.n), "-s", str(seed), "-t", str(a.threads), "--record", record.name, "-"],
-                              input=prompt.encode(), capture_output=True)
+        done = subprocess.run(
+            [
+                a.speed,
+                "generate",
+                "-m",
+                a.model,
+                "--chat",
+                "--policy",
+                "full",
+                "--temp",
+                "1",
+                "-n",
+                str(a.n),
+                "-s",
+                str(seed),
+                "-t",
+                str(a.threads),
+                "--record",
+                record.name,
+                "-",
+            ],
+            input=prompt.encode(),
+            capture_output=True,
+        )
         if done.returncode:
             raise SystemExit(f"importance.py: {done.stderr.decode().strip()}")
         got = json.load(open(record.name))
@@ -167,8 +198,14 @@ def measure(a, model, prompt, number):
     sets = row_sets(len(tokens), split, n_prompt)
     draws = [run.gate_gradients(draw_labels(run.logits, generator), sets) for _ in range(a.draws)]
     kl = [kl_divergence(run.logits.detach(), pop(model, run, k, n_prompt)) for k in cuts(n_layers)]
-    return dict(n_prompt=n_prompt, split=split, n_answer=len(answer_ids), kl=kl, seconds=time.time() - began,
-                gradients=[d.tolist() for d in draws])
+    return dict(
+        n_prompt=n_prompt,
+        split=split,
+        n_answer=len(answer_ids),
+        kl=kl,
+        seconds=time.time() - began,
+        gradients=[d.tolist() for d in draws],
+    )
 
 
 def measure_all(a, prompts, store):
@@ -195,12 +232,17 @@ def measure_all(a, prompts, store):
             out.flush()
             if sys.stderr.isatty():
                 left = (time.time() - began) / done * (len(missing) - done) / 60
-                print(f"\r{done} of {len(missing)} prompts, {left:.1f} minutes left ",
-                      end="" if done < len(missing) else "\n", file=sys.stderr, flush=True)
+                print(
+                    f"\r{done} of {len(missing)} prompts, {left:.1f} minutes left ",
+                    end="" if done < len(missing) else "\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return [kept[number] for number in sorted(kept)]
 
 
 # ---- what it comes to ------------------------------------------------------------------------------------------------
+
 
 def summarise(kept, seed, resamples=10000):
     """Tables with 95 % intervals by bootstrap over prompts (percentiles): the importance of every gate in every layer,
@@ -215,27 +257,37 @@ def summarise(kept, seed, resamples=10000):
     def estimate(f, *each):
         """f of the means over prompts of arrays [prompts, ...], and its interval."""
         low, high = np.percentile(f(*(draws @ x / len(kept) for x in each)), (2.5, 97.5), axis=0)
-        return [dict(value=float(v), low=float(a), high=float(b)) for v, a, b in
-                zip(*map(np.atleast_1d, (f(*(x.mean(0) for x in each)), low, high)))]
+        return [
+            dict(value=float(v), low=float(a), high=float(b))
+            for v, a, b in zip(*map(np.atleast_1d, (f(*(x.mean(0) for x in each)), low, high)))
+        ]
 
     def information(x):
-        return (x ** 2).mean(1) / n_answer
+        return (x**2).mean(1) / n_answer
+
     each = {gate: information(x) for gate, x in by_gate(gradients).items()}
     middle, last = slice(n // 3, n - n // 3), slice(n - n // 3, n - 1)
 
     def fall(x):
         return x[..., last].mean(-1) / x[..., middle].mean(-1)
+
     ratios = {gate: estimate(fall, each[gate])[0] for gate in TABLE}
     ratios["prefill over decode"] = estimate(lambda x, y: fall(x) / fall(y), each["prefill"], each["decode"])[0]
     closed = by_gate(gradients)["prefill, POP's split"]
     foretold = np.stack([information(closed[..., k:].sum(-1, keepdims=True))[:, 0] / 2 for k in cuts(n)], -1)
     measured = np.array([x["kl"] for x in kept])
-    columns = (estimate(lambda x: x, foretold), estimate(lambda x: x, measured),
-               estimate(lambda x, y: x / y, foretold, measured))
-    return dict(importance={gate: [dict(layer=l, **e) for l, e in enumerate(estimate(lambda x: x, each[gate]))]
-                            for gate in GATES},
-                third=dict(last=[last.start, last.stop - 1], middle=[middle.start, middle.stop - 1], ratios=ratios),
-                pop=[dict(k=k, foretold=f, measured=m, ratio=r) for k, f, m, r in zip(cuts(n), *columns)])
+    columns = (
+        estimate(lambda x: x, foretold),
+        estimate(lambda x: x, measured),
+        estimate(lambda x, y: x / y, foretold, measured),
+    )
+    return dict(
+        importance={
+            gate: [dict(layer=l, **e) for l, e in enumerate(estimate(lambda x: x, each[gate]))] for gate in GATES
+        },
+        third=dict(last=[last.start, last.stop - 1], middle=[middle.start, middle.stop - 1], ratios=ratios),
+        pop=[dict(k=k, foretold=f, measured=m, ratio=r) for k, f, m, r in zip(cuts(n), *columns)],
+    )
 
 
 def cell(e):
@@ -244,19 +296,33 @@ def cell(e):
 
 def markdown(results):
     run, third = results["run"], results["third"]
-    lines = [f"Importance in nats per answer token, with 95 % intervals over {run['prompts']} prompts; {run['model']}.",
-             "", f"| layer | {' | '.join(TABLE)} |", "|---|" + "---|" * len(TABLE)]
+    lines = [
+        f"Importance in nats per answer token, with 95 % intervals over {run['prompts']} prompts; {run['model']}.",
+        "",
+        f"| layer | {' | '.join(TABLE)} |",
+        "|---|" + "---|" * len(TABLE),
+    ]
     for row in zip(*(results["importance"][gate] for gate in TABLE)):
         lines.append(f"| {row[0]['layer']} | {' | '.join(map(cell, row))} |")
-    lines += ["", "Mean importance of layers {} to {} over that of layers {} to {}:".format(*third["last"],
-                                                                                         *third["middle"]), "",
-              "| gates | ratio |", "|---|---|"]
+    lines += [
+        "",
+        "Mean importance of layers {} to {} over that of layers {} to {}:".format(*third["last"], *third["middle"]),
+        "",
+        "| gates | ratio |",
+        "|---|---|",
+    ]
     lines += [f"| {gate} | {cell(e)} |" for gate, e in third["ratios"].items()]
-    lines += ["", "POP at K closes the prefill gates of layers >= K. KL divergence from full depth in nats per answer "
-              "token, as their importance foretells it and as measured:", "", "| K | foretold | measured | ratio |",
-              "|---|---|---|---|"]
-    lines += [f"| {r['k']} | {cell(r['foretold'])} | {cell(r['measured'])} | {cell(r['ratio'])} |"
-              for r in results["pop"]]
+    lines += [
+        "",
+        "POP at K closes the prefill gates of layers >= K. KL divergence from full depth in nats per answer "
+        "token, as their importance foretells it and as measured:",
+        "",
+        "| K | foretold | measured | ratio |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['k']} | {cell(r['foretold'])} | {cell(r['measured'])} | {cell(r['ratio'])} |" for r in results["pop"]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -267,14 +333,22 @@ def plot(results, path):
     def line(ax, x, rows, label, color, marker, dash):
         ax.plot(x, [r["value"] for r in rows], color=color, marker=marker, ls=dash, lw=1.8, ms=4.5, label=label)
         ax.fill_between(x, [r["low"] for r in rows], [r["high"] for r in rows], color=color, alpha=0.25, lw=0)
-    for gate, style in (("decode", ("#e0782f", "s", "-")), ("prefill", ("#1f8fe0", "o", "-")),
-                        ("prefill, no anchor", ("#35a853", "^", ":"))):
+
+    for gate, style in (
+        ("decode", ("#e0782f", "s", "-")),
+        ("prefill", ("#1f8fe0", "o", "-")),
+        ("prefill, no anchor", ("#35a853", "^", ":")),
+    ):
         rows = [r for r in results["importance"][gate] if r["value"] > 0]
         line(left, [r["layer"] for r in rows], rows, gate, *style)
-    left.axvspan(results["third"]["last"][0] - 0.5, len(results["importance"]["decode"]) - 0.5, color="#808080",
-                 alpha=0.12, lw=0)
-    left.set(yscale="log", xlabel="layer (grey: the last third; prefill is 0 in the last)",
-             ylabel="importance, nats per answer token")
+    left.axvspan(
+        results["third"]["last"][0] - 0.5, len(results["importance"]["decode"]) - 0.5, color="#808080", alpha=0.12, lw=0
+    )
+    left.set(
+        yscale="log",
+        xlabel="layer (grey: the last third; prefill is 0 in the last)",
+        ylabel="importance, nats per answer token",
+    )
     x = [r["k"] for r in results["pop"]]
     line(right, x, [r["measured"] for r in results["pop"]], "measured", "#8a63c9", "D", "-")
     line(right, x, [r["foretold"] for r in results["pop"]], "foretold by importance", "#1f8fe0", "o", "--")
@@ -287,6 +361,7 @@ def plot(results, path):
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
+
 class Case:
     """A model in float64 and made-up tokens: 3 of an answer at least, a header of 3, the rest prompt."""
 
@@ -297,8 +372,12 @@ class Case:
         self.tokens = torch.randint(vocab, (n_prompt + n_answer - 1,), generator=generator).tolist()
         self.n_prompt, self.split, self.n_answer = n_prompt, n_prompt - 3, n_answer
         self.labels = torch.randint(vocab, (n_answer,), generator=generator)
-        self.rows = dict(anchor=slice(0, 1), prompt=slice(1, self.split), header=slice(self.split, n_prompt - 1),
-                         answer=slice(n_prompt - 1, None))
+        self.rows = dict(
+            anchor=slice(0, 1),
+            prompt=slice(1, self.split),
+            header=slice(self.split, n_prompt - 1),
+            answer=slice(n_prompt - 1, None),
+        )
 
     def loss(self, logits):
         return torch.nn.functional.cross_entropy(logits, self.labels, reduction="sum")
@@ -313,10 +392,12 @@ class Case:
     def derivative(self, f, layer, rows, step=1e-4):
         """df(logits)/dg of one layer's gate of the rows: central differences at two steps, extrapolated (Richardson),
         so that the error is of order step^4."""
+
         def at(move):
             gates = self.open()
             gates[layer, self.rows[rows]] += move
             return f(self.logits(gates))
+
         near, far = ((at(e) - at(-e)) / (2 * e) for e in (step, 2 * step))
         return (4 * near - far) / 3
 
@@ -340,11 +421,11 @@ def check_zeros(case):
     """Nobody reads the last layer's output of a row that predicts nothing: those gates alone have gradient 0."""
     got = case.gradients()
     zero = torch.zeros(case.n_layers, len(ROWS), dtype=torch.bool)
-    zero[-1, :ROWS.index("answer")] = True
+    zero[-1, : ROWS.index("answer")] = True
     if not got.isfinite().all() or not torch.equal(got == 0, zero):
         yield f"zero gradients at {(got == 0).nonzero().tolist()}, expected at {zero.nonzero().tolist()}"
     closed = case.open()
-    closed[-1, :case.n_prompt - 1] = 0
+    closed[-1, : case.n_prompt - 1] = 0
     if not torch.equal(case.logits(closed), case.logits(case.open())):
         yield "closing the last layer's gates of rows nobody reads changes the logits"
 
@@ -367,8 +448,8 @@ def check_fisher(case, n_draws=20000):
     for l, rows in ((0, "prompt"), (case.n_layers // 2, "anchor"), (case.n_layers - 1, "answer")):
         score = case.derivative(lambda x: torch.log_softmax(x, -1), l, rows)  # [T, vocab]
         drawn = score.gather(1, labels.T).sum(0)
-        for name, x, want in (("mean score", drawn, 0), ("mean squared score", drawn ** 2, (p * score ** 2).sum())):
-            if not abs(x.mean() - want) <= 5 * x.std() / n_draws ** 0.5:
+        for name, x, want in (("mean score", drawn, 0), ("mean squared score", drawn**2, (p * score**2).sum())):
+            if not abs(x.mean() - want) <= 5 * x.std() / n_draws**0.5:
                 yield f"layer {l}, {rows}: {name} {x.mean():.4g} of {n_draws} draws, expected {want:.4g}"
 
 
@@ -379,13 +460,15 @@ def check_single_precision(path, case):
     model = load(path)[0]
     model.set_attn_implementation("sdpa")
     got = Pass(model, case.tokens, case.n_answer).gate_gradients(
-        case.labels, row_sets(len(case.tokens), case.split, case.n_prompt))
+        case.labels, row_sets(len(case.tokens), case.split, case.n_prompt)
+    )
     if not ((got - want).norm(dim=0) <= 1e-4 * want.norm(dim=0)).all():
         yield f"fp32 gradients differ from float64 by {((got - want).norm(dim=0) / want.norm(dim=0)).tolist()}"
 
 
 def planted():
     """(fault, check that must catch it)"""
+
     def off_by_one(n_rows, split, n_prompt, right=row_sets):
         return right(n_rows, split + 1, n_prompt)
 
@@ -407,6 +490,7 @@ def planted():
 
     def header_read(n_rows, split, n_prompt, right=row_sets):
         return right(n_rows, split, n_prompt + 1)
+
     here = sys.modules[__name__]
     yield "split off by one", mock.patch.object(here, "row_sets", off_by_one), check_gradients
     yield "embedding counted as an update", mock.patch.object(Pass, "gate_gradients", whole_output), check_gradients
@@ -423,11 +507,15 @@ def check_all(path):
 
     def report(name, found):
         failures.extend(f"{name}: {x}" for x in found)
+
     with reference.double_precision(load(ROOT / "models" / "small.safetensors")) as loaded:
         case = Case(loaded, n_prompt=12, n_answer=5)
-        checks = {check_gradients: lambda: check_gradients(case, range(case.n_layers)),
-                  check_zeros: lambda: check_zeros(case), check_pop: lambda: check_pop(case),
-                  check_fisher: lambda: check_fisher(case)}
+        checks = {
+            check_gradients: lambda: check_gradients(case, range(case.n_layers)),
+            check_zeros: lambda: check_zeros(case),
+            check_pop: lambda: check_pop(case),
+            check_fisher: lambda: check_fisher(case),
+        }
         for check in checks.values():
             report("small model", check())
         for name, fault, check in planted():
@@ -440,12 +528,15 @@ def check_all(path):
         report(Path(path).stem, check_single_precision(path, case))
     for line in failures:
         print(f"FAILED {line}")
-    print(f"importance.py: gates, draws and closed gates checked on two models, {len(list(planted()))} planted faults, "
-          f"{len(failures)} failures, {time.time() - began:.0f} s")
+    print(
+        f"importance.py: gates, draws and closed gates checked on two models, {len(list(planted()))} planted faults, "
+        f"{len(failures)} failures, {time.time() - began:.0f} s"
+    )
     return bool(failures)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
+
 
 def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -475,13 +566,24 @@ def main():
     prompts = [q["text"] for q in quality.written_questions(Path(a.prompts)) if len(q["text"]) <= a.longest]
     settings = dict(model_sha256=sha256(a.model), n=a.n, draws=a.draws, seed=a.seed)
     kept = measure_all(a, prompts, quality.CACHE / f"importance-{digest(settings)[:16]}.jsonl")
-    run = dict(command=sys.argv, model=Path(a.model).stem, prompts=len(kept), prompts_in_all=len(prompts),
-               prompts_sha256=digest(prompts), **settings,
-               prompt_tokens=[x["n_prompt"] for x in kept], answer_tokens=[x["n_answer"] for x in kept],
-               seconds=round(sum(x["seconds"] for x in kept)), threads=a.threads, machine=machine(),
-               speed=subprocess.run([a.speed, "--version"], capture_output=True, text=True).stdout.strip(),
-               python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
-               numpy=np.__version__)
+    run = dict(
+        command=sys.argv,
+        model=Path(a.model).stem,
+        prompts=len(kept),
+        prompts_in_all=len(prompts),
+        prompts_sha256=digest(prompts),
+        **settings,
+        prompt_tokens=[x["n_prompt"] for x in kept],
+        answer_tokens=[x["n_answer"] for x in kept],
+        seconds=round(sum(x["seconds"] for x in kept)),
+        threads=a.threads,
+        machine=machine(),
+        speed=subprocess.run([a.speed, "--version"], capture_output=True, text=True).stdout.strip(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        numpy=np.__version__,
+    )
     results = dict(run=run, **summarise(kept, a.seed))
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ small model: if it is the answer). Intervals are 95 %, by bootstrap over questio
 One line a question is appended to a file in the cache folder; a run that was cut off goes on there. Needs matplotlib
 (Debian: python3-matplotlib) for the plot alone. Writes NAME.md, NAME.svg and NAME.json into docs/quality.
 """
+
 import argparse
 import hashlib
 import json
@@ -28,7 +29,9 @@ import plots
 from stories import KINDS, TEST_NAMES, Story
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed")
+CACHE = Path(
+    os.environ.get("SPEED_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speed"
+)
 LINES = ["speed, BoS on", "speed, BoS off", "pop", "share"]
 RESAMPLES = 2000
 MEASURES = {"kl": "KL, nats a token", "same": "same top-1, %", "exact": "looked up, %"}
@@ -36,6 +39,7 @@ LEAST = 1e-4  # KL that is drawn
 
 
 # ---- questions: dicts of kind, text, answer (a pattern or None), n (tokens), closed (the question without passage) ----
+
 
 def written_questions(path):
     d = json.loads(path.read_text())
@@ -46,9 +50,12 @@ def written_questions(path):
             continue
         asked = d["paragraphs"][q["ask"]]
         passage = "\n\n".join(d["paragraphs"][i]["text"] for i in q["passage"])
-        text = f"Use this text to answer the question in one short sentence.\n\n{passage}\n\nQuestion: {asked['question']}"
-        out.append(dict(kind="retrieval", text=text, closed=asked["question"],
-                        answer=rf"(?i)\b(?:{asked['answer']})s?\b"))
+        text = (
+            f"Use this text to answer the question in one short sentence.\n\n{passage}\n\nQuestion: {asked['question']}"
+        )
+        out.append(
+            dict(kind="retrieval", text=text, closed=asked["question"], answer=rf"(?i)\b(?:{asked['answer']})s?\b")
+        )
     return out
 
 
@@ -59,12 +66,18 @@ def story_questions(n, seed):
         for _ in range(n):
             story = Story(rng, 3, TEST_NAMES)
             _, question, answer, *_ = rng.choice([q for q in story.questions() if q[0] == kind])
-            out.append(dict(kind=dict(one="one-hop", two="two-hop", code="code word")[kind],
-                            text=f"{story.text} {question}", answer=rf"\A{re.escape(answer)}\Z"))
+            out.append(
+                dict(
+                    kind=dict(one="one-hop", two="two-hop", code="code word")[kind],
+                    text=f"{story.text} {question}",
+                    answer=rf"\A{re.escape(answer)}\Z",
+                )
+            )
     return out
 
 
 # ---- asking ------------------------------------------------------------------------------------------------------------
+
 
 class Speed:
     """The program on one model, one thread a run."""
@@ -94,8 +107,23 @@ class Speed:
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(" ".join(map(str, ids)))
             file.flush()
-            return json.loads(self.run("perplexity", "-t", 1, "--tokens-file", file.name, "--split", split,
-                                       "--answer-tokens", answer, "--compare", ",".join(specs), "-o", "json"))["rows"]
+            return json.loads(
+                self.run(
+                    "perplexity",
+                    "-t",
+                    1,
+                    "--tokens-file",
+                    file.name,
+                    "--split",
+                    split,
+                    "--answer-tokens",
+                    answer,
+                    "--compare",
+                    ",".join(specs),
+                    "-o",
+                    "json",
+                )
+            )["rows"]
 
 
 def ask(speed, q, specs):
@@ -113,8 +141,12 @@ def ask(speed, q, specs):
             continue
         for spec, row in zip(["full", *group], speed.score(prompt + new, len(new), at, group)):
             if spec not in out["rows"]:
-                out["rows"][spec] = [row["kl_mean"] * row["tokens"], round(row["same_top1"] * row["tokens"]),
-                                     row["prefill_flops"], row["kv_bytes"]]
+                out["rows"][spec] = [
+                    row["kl_mean"] * row["tokens"],
+                    round(row["same_top1"] * row["tokens"]),
+                    row["prefill_flops"],
+                    row["kv_bytes"],
+                ]
     if pattern:
         # Where every likeliest token is full depth's, so is the answer.
         texts = {s: said if out["rows"][s][1] == len(new) else speed.generate(text, n, s)[0] for s in ["full", *specs]}
@@ -156,11 +188,18 @@ def ask_all(speed, questions, specs, path, jobs, so_far):
                 took = time.monotonic() - start
                 rest = took / asked * (sum(weight[j] for j in left) - asked) / 60
                 if count == 3:
-                    print(f"quality.py: {len(left)} questions, {len(specs)} policies: about {took / 60 + rest:.0f} minutes "
-                          f"by the first three; stop it at any time, it goes on from {path}", file=sys.stderr)
+                    print(
+                        f"quality.py: {len(left)} questions, {len(specs)} policies: about {took / 60 + rest:.0f} minutes "
+                        f"by the first three; stop it at any time, it goes on from {path}",
+                        file=sys.stderr,
+                    )
                 if sys.stderr.isatty() and count >= 3:
-                    print(f"\r{count} of {len(left)} questions, about {rest:.0f} minutes left  ", end="",
-                          file=sys.stderr, flush=True)
+                    print(
+                        f"\r{count} of {len(left)} questions, about {rest:.0f} minutes left  ",
+                        end="",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -171,13 +210,16 @@ def ask_all(speed, questions, specs, path, jobs, so_far):
 
 # ---- numbers -----------------------------------------------------------------------------------------------------------
 
+
 def measures(answers, spec):
     """The three measures over these answers, each a ratio of sums."""
     tokens = sum(a["tokens"] for a in answers)
     looked = [a["exact"][spec] for a in answers if "exact" in a]
-    return {"kl": sum(a["rows"][spec][0] for a in answers) / tokens,
-            "same": 100 * sum(a["rows"][spec][1] for a in answers) / tokens,
-            "exact": 100 * sum(looked) / len(looked) if looked else None}
+    return {
+        "kl": sum(a["rows"][spec][0] for a in answers) / tokens,
+        "same": 100 * sum(a["rows"][spec][1] for a in answers) / tokens,
+        "exact": 100 * sum(looked) / len(looked) if looked else None,
+    }
 
 
 def interval(values):
@@ -203,7 +245,9 @@ def summarize(answers, specs):
         for m in MEASURES:
             row[f"{m}_95"] = interval(s[m] for s in samples)
         for column, name in ((2, "flops"), (3, "kv")):
-            row[name] = 100 * sum(a["rows"][spec][column] for a in answers) / sum(a["rows"]["full"][column] for a in answers)
+            row[name] = (
+                100 * sum(a["rows"][spec][column] for a in answers) / sum(a["rows"]["full"][column] for a in answers)
+            )
         rows.append(row)
     return rows
 
@@ -224,6 +268,7 @@ def line_and_k(spec, layers):
 
 # ---- tables and plot ---------------------------------------------------------------------------------------------------
 
+
 def cell(row, m, digits):
     if row[m] is None:
         return "-"
@@ -234,27 +279,39 @@ def cell(row, m, digits):
 def markdown(name, results):
     layers, lines = results["layers"], []
     looked = sum("exact" in a for a in results["answers"])
-    lines += [f"{name}, {layers} layers: {len(results['answers'])} questions, {sum(a['tokens'] for a in results['answers'])} "
-              f"tokens of full-depth answers, {looked} look-ups; 95 % intervals by bootstrap over questions. Prompt work "
-              "and KV cache: share of full depth's.", ""]
+    lines += [
+        f"{name}, {layers} layers: {len(results['answers'])} questions, {sum(a['tokens'] for a in results['answers'])} "
+        f"tokens of full-depth answers, {looked} look-ups; 95 % intervals by bootstrap over questions. Prompt work "
+        "and KV cache: share of full depth's.",
+        "",
+    ]
     closed = [a["closed"] for a in results["answers"] if "closed" in a]
     if closed:
         lines += [f"Asked without the passage, full depth is right in {sum(closed)} of the {len(closed)} look-ups.", ""]
-    lines += ["| policy | K | prompt work | KV cache | " + " | ".join(MEASURES.values()) + " |",
-              "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| policy | K | prompt work | KV cache | " + " | ".join(MEASURES.values()) + " |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in results["summary"]:
         line, k = line_and_k(row["spec"], layers)
-        lines.append(f"| {line} | {f'every {k}' if line == 'share' else k} | {row['flops']:.1f} % | {row['kv']:.1f} % | "
-                     f"{cell(row, 'kl', 3)} | {cell(row, 'same', 1)} | {cell(row, 'exact', 1)} |")
+        lines.append(
+            f"| {line} | {f'every {k}' if line == 'share' else k} | {row['flops']:.1f} % | {row['kv']:.1f} % | "
+            f"{cell(row, 'kl', 3)} | {cell(row, 'same', 1)} | {cell(row, 'exact', 1)} |"
+        )
     lines += ["", "Same top-1 in %, by kind of question (how many):", ""]
     kinds = results["kinds"]
     count = {kind: sum(a["kind"] == kind for a in results["answers"]) for kind in kinds}
-    lines += ["| policy | K | " + " | ".join(f"{kind} ({count[kind]})" for kind in kinds) + " |",
-              "|---|---|" + "---|" * len(kinds)]
+    lines += [
+        "| policy | K | " + " | ".join(f"{kind} ({count[kind]})" for kind in kinds) + " |",
+        "|---|---|" + "---|" * len(kinds),
+    ]
     for i, row in enumerate(results["summary"][1:], start=1):
         line, k = line_and_k(row["spec"], layers)
-        lines.append(f"| {line} | {f'every {k}' if line == 'share' else k} | " +
-                     " | ".join(cell(kinds[kind][i], "same", 1) for kind in kinds) + " |")
+        lines.append(
+            f"| {line} | {f'every {k}' if line == 'share' else k} | "
+            + " | ".join(cell(kinds[kind][i], "same", 1) for kind in kinds)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -270,22 +327,47 @@ def plot(results, path):
                     continue
                 least = LEAST if m == "kl" else 0
                 values = [max(r[m], least) for r in rows]
-                error = [[max(v - max(r[f"{m}_95"][0], least), 0) for v, r in zip(values, rows)],
-                         [max(r[f"{m}_95"][1] - v, 0) for v, r in zip(values, rows)]]
-                ax.errorbar([r[x] for r in rows], values, yerr=error, color=color, marker=marker, ls=dash or "none",
-                            capsize=2, lw=1.6, ms=5, label="share, every 2" if line == "share" else line)
+                error = [
+                    [max(v - max(r[f"{m}_95"][0], least), 0) for v, r in zip(values, rows)],
+                    [max(r[f"{m}_95"][1] - v, 0) for v, r in zip(values, rows)],
+                ]
+                ax.errorbar(
+                    [r[x] for r in rows],
+                    values,
+                    yerr=error,
+                    color=color,
+                    marker=marker,
+                    ls=dash or "none",
+                    capsize=2,
+                    lw=1.6,
+                    ms=5,
+                    label="share, every 2" if line == "share" else line,
+                )
                 if line == "speed, BoS on":
                     for r, v, up in zip(rows, values, error[1]):
-                        ax.annotate(r["spec"].split(":")[1], (r[x], v + up), xytext=(0, 4), textcoords="offset points",
-                                    ha="center", fontsize=8, color=color)
+                        ax.annotate(
+                            r["spec"].split(":")[1],
+                            (r[x], v + up),
+                            xytext=(0, 4),
+                            textcoords="offset points",
+                            ha="center",
+                            fontsize=8,
+                            color=color,
+                        )
             if m == "kl":
                 ax.set_yscale("log")
         full = results["summary"][0][m]
         if m == "exact":
             for ax in axrow:
                 ax.axhline(full, color="#808080", lw=1, ls="-.")
-            axrow[0].annotate("full depth", (0.02, full), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                              textcoords="offset points", fontsize=8)
+            axrow[0].annotate(
+                "full depth",
+                (0.02, full),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                fontsize=8,
+            )
         axrow[0].set_ylabel(MEASURES[m])
     axes[-1][0].set_xlabel("prompt work, % of full depth's FLOPs")
     axes[-1][1].set_xlabel("KV cache, % of full depth's bytes")
@@ -294,6 +376,7 @@ def plot(results, path):
 
 
 # ---- main --------------------------------------------------------------------------------------------------------------
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -311,7 +394,9 @@ def main():
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     p.add_argument("--name", help="of the files written (smollm2, small, or the model's)")
     a = p.parse_args()
-    model = a.model or (ROOT / "models" / "small.safetensors" if a.small else CACHE / "smollm2-135m-instruct.safetensors")
+    model = a.model or (
+        ROOT / "models" / "small.safetensors" if a.small else CACHE / "smollm2-135m-instruct.safetensors"
+    )
     name = a.name or ("small" if a.small else model.stem if a.model else "smollm2")
     for path, hint in ((model, "run ./run.sh first: it fetches the model"), (Path(a.speed), "run make first")):
         if not path.exists():
@@ -320,9 +405,15 @@ def main():
     info = {r["what"]: r["value"] for r in json.loads(speed.run("info", "-o", "json"))["rows"]}
     layers = info["layers"]
     thirtieths = {"speed": (28, 26, 24, 22, 20, 15, 8), "no-bos": (28, 24, 20, 15, 8), "pop": (24, 20, 15, 8)}
-    ks = {line: range(layers - 1, 0, -1) if layers <= 10 else [round(layers * k / 30) for k in of]
-          for line, of in thirtieths.items()}
-    default = [f"speed:{k}" for k in ks["speed"]] + [f"speed:{k}:no-bos" for k in ks["no-bos"]] + [f"pop:{k}" for k in ks["pop"]]
+    ks = {
+        line: range(layers - 1, 0, -1) if layers <= 10 else [round(layers * k / 30) for k in of]
+        for line, of in thirtieths.items()
+    }
+    default = (
+        [f"speed:{k}" for k in ks["speed"]]
+        + [f"speed:{k}:no-bos" for k in ks["no-bos"]]
+        + [f"pop:{k}" for k in ks["pop"]]
+    )
     specs = a.policies.split(",") if a.policies else default
     questions = story_questions(40, 1) if a.small else written_questions(a.questions)
     for q in questions:
@@ -333,19 +424,32 @@ def main():
     answers = ask_all(speed, questions, specs, a.cache / f"quality-{name}-{digest(settings)}.jsonl", a.jobs, a.so_far)
     if not answers:
         raise SystemExit("quality.py: no question has been answered yet; leave out --so-far")
-    record = dict(programs=sorted({r["program"] for r in answers}), seconds=round(sum(r["seconds"] for r in answers)),
-                  devices=[json.loads(d) for d in sorted({json.dumps(r["device"]) for r in answers})])
-    answers = [{k: v for k, v in r.items() if k not in ("id", "seconds", "program", "device", "texts")} for r in answers]
-    results = dict(settings=dict(settings, n=a.n, look_up=a.look_up), layers=layers, record=record,
-                   summary=summarize(answers, specs), kinds=by_kind(answers, specs), answers=answers)
+    record = dict(
+        programs=sorted({r["program"] for r in answers}),
+        seconds=round(sum(r["seconds"] for r in answers)),
+        devices=[json.loads(d) for d in sorted({json.dumps(r["device"]) for r in answers})],
+    )
+    answers = [
+        {k: v for k, v in r.items() if k not in ("id", "seconds", "program", "device", "texts")} for r in answers
+    ]
+    results = dict(
+        settings=dict(settings, n=a.n, look_up=a.look_up),
+        layers=layers,
+        record=record,
+        summary=summarize(answers, specs),
+        kinds=by_kind(answers, specs),
+        answers=answers,
+    )
     a.out.mkdir(parents=True, exist_ok=True)
     table = markdown(info["name"], results)
     (a.out / f"{name}.md").write_text(table)
     print(table, end="")
     plot(results, a.out / f"{name}.svg")
     # One line a question; FLOPs and bytes are in the summary, and `speed plan` has them.
-    lines = [json.dumps(dict(r, rows={s: [round(row[0], 6), row[1]] for s, row in r["rows"].items()}), ensure_ascii=False)
-             for r in answers]
+    lines = [
+        json.dumps(dict(r, rows={s: [round(row[0], 6), row[1]] for s, row in r["rows"].items()}), ensure_ascii=False)
+        for r in answers
+    ]
     head = {k: v for k, v in results.items() if k not in ("answers", "kinds")}
     (a.out / f"{name}.json").write_text(json.dumps(head)[:-1] + ', "answers": [\n' + ",\n".join(lines) + "]}\n")
 

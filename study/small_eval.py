@@ -6,6 +6,7 @@
 Every question is a conversation of its own, greedy, judged right only if the whole answer is. First the training
 stories are drawn again from the run's seed, to check that no test story and no test name is among them.
 """
+
 import argparse
 import hashlib
 import json
@@ -76,6 +77,7 @@ def answers(speed, model, flags, prompts):
 
     def alone(p):
         return run(speed, model, "generate", ["--chat", *flags, "-"], p)[:-1]
+
     if len(got) != len(prompts):
         return [alone(p) for p in prompts]
     for p, g in list(zip(prompts, got))[::100]:
@@ -96,15 +98,25 @@ def policies():
 def markdown(results):
     cells = {(r["policy"], r["k"], r["prompt"], r["kind"]): r for r in results["cells"]}
     kinds = " | ".join(KIND_NAMES.values())
-    lines = [f"Exact answers in %, with 95 % intervals; {results['n']} questions a cell, {results['people']} people a "
-             "story, names and stories held out.", "", f"| policy | K | {kinds} |", "|---|---|---|---|---|"]
+    lines = [
+        f"Exact answers in %, with 95 % intervals; {results['n']} questions a cell, {results['people']} people a "
+        "story, names and stories held out.",
+        "",
+        f"| policy | K | {kinds} |",
+        "|---|---|---|---|---|",
+    ]
     order = ["full", "speed, BoS on", "speed, BoS off", "pop"]
     for line, k, _ in sorted(policies(), key=lambda p: order.index(p[0])):
         row = [cells[line, k, "right", kind] for kind in KINDS]
         text = " | ".join(f"{r['percent']:.1f} ({r['low']:.1f}–{r['high']:.1f})" for r in row)
         lines.append(f"| {line} | {k} | {text} |")
-    lines += ["", "The same questions with another story, or none:", "",
-              f"| prompt | policy | K | {kinds} |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "The same questions with another story, or none:",
+        "",
+        f"| prompt | policy | K | {kinds} |",
+        "|---|---|---|---|---|---|",
+    ]
     for line, k, prompt, kind in cells:
         if prompt != "right" and kind == KINDS[0]:
             text = " | ".join(f"{cells[line, k, prompt, kind]['percent']:.1f}" for kind in KINDS)
@@ -121,8 +133,18 @@ def plot(results, path):
             if not rows:
                 continue
             error = [[r["percent"] - r["low"] for r in rows], [r["high"] - r["percent"] for r in rows]]
-            ax.errorbar([r["k"] for r in rows], [r["percent"] for r in rows], yerr=error, color=color, marker=marker,
-                        ls=dash, capsize=2, lw=1.8, ms=5, label=line)
+            ax.errorbar(
+                [r["k"] for r in rows],
+                [r["percent"] for r in rows],
+                yerr=error,
+                color=color,
+                marker=marker,
+                ls=dash,
+                capsize=2,
+                lw=1.8,
+                ms=5,
+                label=line,
+            )
         ax.set(title=KIND_NAMES[kind], xlabel="K: layers the prompt visits", ylim=(-3, 103))
         ax.set_xticks(range(1, LAYERS + 1))
     axes[0].set_ylabel("exact answers, %")
@@ -147,22 +169,49 @@ def main():
     seen = check_unseen(questions, a.seed, a.steps, a.batch, a.easy)
     print(f"{len(questions)} test stories, none among the {seen} of the training run", file=sys.stderr)
     began, cells = time.time(), []
-    jobs = [(line, k, prompt, flags) for line, k, flags in policies() for prompt in PROMPTS
-            if prompt == "right" or line == "full" or (line == "speed, BoS on" and k in (4, 2))]
+    jobs = [
+        (line, k, prompt, flags)
+        for line, k, flags in policies()
+        for prompt in PROMPTS
+        if prompt == "right" or line == "full" or (line == "speed, BoS on" and k in (4, 2))
+    ]
     with ThreadPoolExecutor(a.jobs) as pool:
         got = pool.map(lambda j: answers(a.speed, a.model, j[3], [q["prompt"][j[2]] for q in questions]), jobs)
         for (line, k, prompt, _), texts in zip(jobs, got):
             for kind in KINDS:
                 right = [t == q["answer"] for t, q in zip(texts, questions) if q["kind"] == kind]
                 low, high = wilson(sum(right), len(right))
-                cells.append(dict(policy=line, k=k, prompt=prompt, kind=kind, right=sum(right), n=len(right),
-                                  percent=round(100 * sum(right) / len(right), 1), low=low, high=high))
-            print(f"{line} K={k}, {PROMPTS[prompt]}: " + "  ".join(f"{c['kind']} {c['percent']}" for c in cells[-3:]),
-                  f" {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+                cells.append(
+                    dict(
+                        policy=line,
+                        k=k,
+                        prompt=prompt,
+                        kind=kind,
+                        right=sum(right),
+                        n=len(right),
+                        percent=round(100 * sum(right) / len(right), 1),
+                        low=low,
+                        high=high,
+                    )
+                )
+            print(
+                f"{line} K={k}, {PROMPTS[prompt]}: " + "  ".join(f"{c['kind']} {c['percent']}" for c in cells[-3:]),
+                f" {time.time() - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     with open(a.model, "rb") as f:
         checksum = hashlib.sha256(f.read()).hexdigest()
-    results = dict(n=a.n, people=a.people, question_seed=a.question_seed, model_sha256=checksum, training_stories=seen,
-                   training_stories_among_test=0, seconds=round(time.time() - began), cells=cells)
+    results = dict(
+        n=a.n,
+        people=a.people,
+        question_seed=a.question_seed,
+        model_sha256=checksum,
+        training_stories=seen,
+        training_stories_among_test=0,
+        seconds=round(time.time() - began),
+        cells=cells,
+    )
     os.makedirs(a.out, exist_ok=True)
     with open(f"{a.out}/results.json", "w") as f:
         json.dump(results, f, indent=1)

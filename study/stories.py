@@ -7,6 +7,7 @@ A story gives each person a home, a thing and a job, in shuffled order, and one 
 Questions are of three kinds: `one` hop ("Where does Mira live?", "Who is the baker?"), `two` hops ("Where does the
 baker live?" needs the person in between) and `code` ("What is the code word?"). Every answer is one short sentence.
 """
+
 import hashlib
 import random
 import re
@@ -19,14 +20,24 @@ JOBS = """baker doctor miner sailor painter farmer guard teacher singer hunter t
 dancer pilot judge barber cook nurse banker gardener jeweller poet wizard priest""".split()
 FIRST = "Mi To Ka Be Lu Sa Ri No Da Fe Zo Ha Vi Pa Je Gu Ne Wi Cor Bran Tal Hel Der Fin".split()
 SECOND = "ra su lo na ki mo vi de ta bo so le za ga tha dy we po mu fa".split()
-OPENERS = ["Long ago.", "Once upon a time.", "This is a story.", "Listen to this.", "Here is what we know.",
-           "One day.", "It was a cold day.", "In a land far away."]
+OPENERS = [
+    "Long ago.",
+    "Once upon a time.",
+    "This is a story.",
+    "Listen to this.",
+    "Here is what we know.",
+    "One day.",
+    "It was a cold day.",
+    "In a land far away.",
+]
 KINDS = ["one", "two", "code"]
 SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 BOS, START, END, EOT = range(4)
 # Llama-3's split pattern: a name or a word carries the space before it, "\n\n" stands alone.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def held_out(name):
@@ -48,8 +59,11 @@ class Story:
         self.code = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
         facts = [(f"The code word is {self.code}.", None, "code")]
         for i, n in enumerate(self.name):
-            facts += [(f"{n} lives in the {self.place[i]}.", i, "place"),
-                      (f"{n} has a {self.thing[i]}.", i, "thing"), (f"{n} is a {self.job[i]}.", i, "job")]
+            facts += [
+                (f"{n} lives in the {self.place[i]}.", i, "place"),
+                (f"{n} has a {self.thing[i]}.", i, "thing"),
+                (f"{n} is a {self.job[i]}.", i, "job"),
+            ]
         rng.shuffle(facts)
         self.sentences = [(rng.choice(OPENERS), None, None)] + facts  # (text, person it is about, fact)
         self.text = " ".join(s for s, _, _ in self.sentences)
@@ -61,17 +75,28 @@ class Story:
         out = [("code", "What is the code word?", f"It is {self.code}.", None, None, None)]
         for i, (n, p, t, j) in enumerate(zip(self.name, self.place, self.thing, self.job)):
             home, thing, job, who = f"In the {p}.", f"A {t}.", f"A {j}.", f"It is {n}."
-            out += [("one", q, a, i, fact, None) for q, a, fact in [
-                (f"Where does {n} live?", home, "place"), (f"What does {n} have?", thing, "thing"),
-                (f"What is {n}?", job, "job"), (f"Who lives in the {p}?", who, "place"),
-                (f"Who has the {t}?", who, "thing"), (f"Who is the {j}?", who, "job")]]
-            out += [("two", q, a, i, fact, via) for q, a, fact, via in [
-                (f"Where does the {j} live?", home, "place", "job"),
-                (f"What does the {j} have?", thing, "thing", "job"),
-                (f"Where does the one with the {t} live?", home, "place", "thing"),
-                (f"What is the one with the {t}?", job, "job", "thing"),
-                (f"What is the one in the {p}?", job, "job", "place"),
-                (f"What does the one in the {p} have?", thing, "thing", "place")]]
+            out += [
+                ("one", q, a, i, fact, None)
+                for q, a, fact in [
+                    (f"Where does {n} live?", home, "place"),
+                    (f"What does {n} have?", thing, "thing"),
+                    (f"What is {n}?", job, "job"),
+                    (f"Who lives in the {p}?", who, "place"),
+                    (f"Who has the {t}?", who, "thing"),
+                    (f"Who is the {j}?", who, "job"),
+                ]
+            ]
+            out += [
+                ("two", q, a, i, fact, via)
+                for q, a, fact, via in [
+                    (f"Where does the {j} live?", home, "place", "job"),
+                    (f"What does the {j} have?", thing, "thing", "job"),
+                    (f"Where does the one with the {t} live?", home, "place", "thing"),
+                    (f"What is the one with the {t}?", job, "job", "thing"),
+                    (f"What is the one in the {p}?", job, "job", "place"),
+                    (f"What does the one in the {p} have?", thing, "thing", "place"),
+                ]
+            ]
         return out
 
     def statements(self):
@@ -105,22 +130,33 @@ def train_tokenizer(vocab, seed=0):
     """A byte-level BPE of `vocab` tokens, specials first. Common English words fill what the stories leave of the
     vocabulary; names come in halves, and often, so that every name is two tokens, seen and held-out names alike."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     rng = random.Random(seed)
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
     texts = [" " + w for w in FILLER] * 20 + ([" " + w for w in FIRST] + 3 * SECOND) * 8000
     for _ in range(2000):
         s = Story(rng, 3, FIRST)
         texts += ["user\n\n" + s.text, "assistant\n\n"]
         texts += [f"\n\n{q} {a}\n\n{a}" for _, q, a, *_ in rng.sample(s.questions(), 6)]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tok.post_processor = processors.TemplateProcessing(
-        single=f"{SPECIAL[BOS]} $A", special_tokens=[(SPECIAL[BOS], BOS)])
+        single=f"{SPECIAL[BOS]} $A", special_tokens=[(SPECIAL[BOS], BOS)]
+    )
     return tok
 
 

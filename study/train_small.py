@@ -9,6 +9,7 @@ prompt tokens hold above K is read by nobody. First K = L, then every row of eve
 One row holds a story once and many questions about it: a question with its answer is a *branch*, which sees the story
 and itself, and whose positions go on from the story's end. To the model each branch is a chat of its own.
 """
+
 import argparse
 import json
 import os
@@ -19,8 +20,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stories import (BOS, END, EOT, KINDS, SPECIAL, START, TEST_NAMES, Encoder, Story, ask, train_tokenizer,
-                     training_story)
+from stories import (
+    BOS,
+    END,
+    EOT,
+    KINDS,
+    SPECIAL,
+    START,
+    TEST_NAMES,
+    Encoder,
+    Story,
+    ask,
+    train_tokenizer,
+    training_story,
+)
 
 V, D, HEADS, KV_HEADS, E, MLP, L = 768, 128, 4, 2, 32, 384, 8
 THETA, EPS, MAX_POSITION = 1000.0, 1e-5, 512
@@ -35,6 +48,7 @@ K_SHARE = [0.05, 0.1, 0.15, 0.1, 0.15, 0.1, 0.1, 0.25]  # how often K = 1..L is 
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
+
 
 class Row:
     """Arrays of one row. branch: 0 story, -1 padding. phase: 0 prompt, else the number of the decode-phase turn."""
@@ -118,13 +132,19 @@ def batch_of(rows):
 
     def get(f):
         return [f(r) for r in rows]
+
     return dict(
-        token=torch.tensor(get(lambda r: r.token)), position=torch.tensor(get(lambda r: r.position)),
-        branch=torch.tensor(get(lambda r: r.branch)), phase=torch.tensor(get(lambda r: r.phase)),
-        at=pad(get(lambda r: r.at), LOSSES, 0), target=pad(get(lambda r: r.target), LOSSES, -1),
+        token=torch.tensor(get(lambda r: r.token)),
+        position=torch.tensor(get(lambda r: r.position)),
+        branch=torch.tensor(get(lambda r: r.branch)),
+        phase=torch.tensor(get(lambda r: r.phase)),
+        at=pad(get(lambda r: r.at), LOSSES, 0),
+        target=pad(get(lambda r: r.target), LOSSES, -1),
         person=pad(get(lambda r: r.person), LOSSES, [-1, -1]),
         look={name: pad(get(lambda r: r.look[name]), LOSSES, -1) for name in LOOK},
-        mark=pad(get(lambda r: r.mark), MARKS, 0), mark_person=pad(get(lambda r: r.mark_person), MARKS, [-1, -1]))
+        mark=pad(get(lambda r: r.mark), MARKS, 0),
+        mark_person=pad(get(lambda r: r.mark_person), MARKS, [-1, -1]),
+    )
 
 
 def training_batch(seed, step, enc, size, easy):
@@ -138,25 +158,28 @@ def training_batch(seed, step, enc, size, easy):
 
 # ---- the model -----------------------------------------------------------------------------------------------------
 
+
 def init(seed):
     """Weights of all layers are stacked, so that the optimizer works on eight matrices at once."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape, std):
         return (torch.randn(*shape, generator=g) * std).requires_grad_()
+
     kv = KV_HEADS * E
     return {
         "embed": normal(V, D, std=1.0),  # as large as what layers add: upper layers can still read and copy it
-        "q": normal(L, HEADS * E, D, std=D ** -0.5),
-        "k": normal(L, kv, D, std=D ** -0.5),
-        "v": normal(L, kv, D, std=D ** -0.5),
-        "o": normal(L, D, HEADS * E, std=D ** -0.5 / 4),
-        "gate": normal(L, MLP, D, std=D ** -0.5),
-        "up": normal(L, MLP, D, std=D ** -0.5),
-        "down": normal(L, D, MLP, std=MLP ** -0.5 / 4),
-        "norm1": torch.ones(L, D, requires_grad=True), "norm2": torch.ones(L, D, requires_grad=True),
+        "q": normal(L, HEADS * E, D, std=D**-0.5),
+        "k": normal(L, kv, D, std=D**-0.5),
+        "v": normal(L, kv, D, std=D**-0.5),
+        "o": normal(L, D, HEADS * E, std=D**-0.5 / 4),
+        "gate": normal(L, MLP, D, std=D**-0.5),
+        "up": normal(L, MLP, D, std=D**-0.5),
+        "down": normal(L, D, MLP, std=MLP**-0.5 / 4),
+        "norm1": torch.ones(L, D, requires_grad=True),
+        "norm2": torch.ones(L, D, requires_grad=True),
         "norm": torch.full((D,), 0.2, requires_grad=True),  # keeps the logits of so large an embedding small
-        "aux": normal(2, 2 * V, D, std=D ** -0.5),
+        "aux": normal(2, 2 * V, D, std=D**-0.5),
     }
 
 
@@ -199,7 +222,7 @@ def forward(w, b, k, bos):
         key = rotate((h @ w["k"][l].T).view(B, ROW, KV_HEADS, E).transpose(1, 2), cos, sin)
         value = (h @ w["v"][l].T).view(B, ROW, KV_HEADS, E).transpose(1, 2)
         bias = (lower + (l >= k)[:, None, None] * change)[:, None, None]
-        s = q.reshape(B, KV_HEADS, -1, E) @ key.transpose(2, 3) * E ** -0.5
+        s = q.reshape(B, KV_HEADS, -1, E) @ key.transpose(2, 3) * E**-0.5
         p = s.view(B, KV_HEADS, HEADS // KV_HEADS, ROW, ROW).float().add(bias).softmax(-1)
         a = (p.view(B, KV_HEADS, -1, ROW).to(value.dtype) @ value).view(B, HEADS, ROW, E)
         x = x + a.transpose(1, 2).reshape(B, ROW, -1) @ w["o"][l].T
@@ -225,12 +248,14 @@ def losses(w, b, k, bos):
         t = t if rows is None else torch.where(rows[:, None, None], t, -1)
         wanted = (t >= 0).sum().clamp(min=1)
         return F.cross_entropy(x.flatten(0, -2).float(), t.flatten(), ignore_index=-1, reduction="sum") / wanted
+
     readers = [ce(aux[0], b["mark_person"], SUBJECT < k), ce(aux[1], b["person"], PERSON < k)]
     lessons = torch.cat([torch.stack(readers), look])
     return ce(logits, b["target"]), lessons, logits.argmax(-1) == b["target"]
 
 
 # ---- optimizer -----------------------------------------------------------------------------------------------------
+
 
 def orthogonal(g):
     """Newton-Schulz steps of Muon (Jordan et al. 2024) on a stack of matrices: singular values go to about 1."""
@@ -259,6 +284,7 @@ class Muon:
 
 # ---- measure and write ---------------------------------------------------------------------------------------------
 
+
 def measure(run, enc, w, ks, rows=24, bos=True, people=3):
     """Exact answers in % by kind: every answer token is the argmax, which is when greedy decoding gives the answer."""
     rng = random.Random("probe")
@@ -267,7 +293,7 @@ def measure(run, enc, w, ks, rows=24, bos=True, people=3):
     for k in ks:
         good = {kind: [] for kind in range(3)}
         for i in range(0, rows, 8):
-            part = made[i:i + 8]
+            part = made[i : i + 8]
             with torch.no_grad():
                 right = run(w, batch_of(part), torch.full((8,), k), torch.full((8,), bos))[-1]
             for r, row in zip(right, part):
@@ -281,11 +307,13 @@ def measure(run, enc, w, ks, rows=24, bos=True, people=3):
 
 
 # Llama-3's.
-TEMPLATE = ("{% for message in messages %}"
-            "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-            " + message['content'] | trim + '<|eot_id|>' %}"
-            "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 
 
 def write(folder, w, tok):
@@ -293,14 +321,35 @@ def write(folder, w, tok):
     os.makedirs(folder, exist_ok=True)
     tok.save(f"{folder}/tokenizer.json")
     config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", torch_dtype="bfloat16",
-        vocab_size=V, hidden_size=D, intermediate_size=MLP, num_hidden_layers=L, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=E, rms_norm_eps=EPS, rope_theta=THETA, rope_scaling=None,
-        max_position_embeddings=MAX_POSITION, tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
-        bos_token_id=BOS, eos_token_id=EOT,
-        speed_adapted=[dict(policy="speed", k=None, bos=True), dict(policy="speed", k=None, bos=False)])
-    tokenizer_config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=SPECIAL[BOS], eos_token=SPECIAL[EOT],
-                            model_max_length=MAX_POSITION, chat_template=TEMPLATE)
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        hidden_act="silu",
+        torch_dtype="bfloat16",
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=MLP,
+        num_hidden_layers=L,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=E,
+        rms_norm_eps=EPS,
+        rope_theta=THETA,
+        rope_scaling=None,
+        max_position_embeddings=MAX_POSITION,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        bos_token_id=BOS,
+        eos_token_id=EOT,
+        speed_adapted=[dict(policy="speed", k=None, bos=True), dict(policy="speed", k=None, bos=False)],
+    )
+    tokenizer_config = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=SPECIAL[BOS],
+        eos_token=SPECIAL[EOT],
+        model_max_length=MAX_POSITION,
+        chat_template=TEMPLATE,
+    )
     generation_config = dict(bos_token_id=BOS, eos_token_id=EOT)
     for name, x in ("config", config), ("tokenizer_config", tokenizer_config), ("generation_config", generation_config):
         with open(f"{folder}/{name}.json", "w") as f:
@@ -346,8 +395,9 @@ def main():
     enc = Encoder(tok)
     w = init(a.seed)
     muon = Muon([w[n] for n in ("q", "k", "v", "o", "gate", "up", "down")])
-    adam = torch.optim.AdamW([w[n] for n in ("embed", "norm1", "norm2", "norm", "aux")], betas=(0.9, 0.95),
-                             weight_decay=0)
+    adam = torch.optim.AdamW(
+        [w[n] for n in ("embed", "norm1", "norm2", "norm", "aux")], betas=(0.9, 0.95), weight_decay=0
+    )
     run = torch.compile(losses, dynamic=False)
     steps, began, seen, mean = a.base + a.joint, time.time(), 0, None
     for step in range(steps):
@@ -372,11 +422,20 @@ def main():
         mean = loss.detach() if mean is None else mean.lerp(loss.detach(), 0.02)
         if (step + 1) % 100 == 0:
             spent = time.time() - began
-            print(f"step {step + 1} loss {mean:.4f} lessons {lessons.detach().numpy().round(2)} "
-                  f"tokens/s {seen / spent:.0f} minutes {spent / 60:.1f}", flush=True)
+            print(
+                f"step {step + 1} loss {mean:.4f} lessons {lessons.detach().numpy().round(2)} "
+                f"tokens/s {seen / spent:.0f} minutes {spent / 60:.1f}",
+                flush=True,
+            )
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            print("  one/two/code, held-out names:", {k: "/".join(map(str, v)) for k, v in measure(
-                run, enc, w, (8, 6, 5, 4, 3, 2, 1) if joint else (8, 4)).items()}, flush=True)
+            print(
+                "  one/two/code, held-out names:",
+                {
+                    k: "/".join(map(str, v))
+                    for k, v in measure(run, enc, w, (8, 6, 5, 4, 3, 2, 1) if joint else (8, 4)).items()
+                },
+                flush=True,
+            )
             write(a.out, w, tok)
 
 

@@ -5,6 +5,7 @@ Usage: make_unicode.py [--check]   (from any folder; needs tokenizers 0.23.3 and
 The table is read off Hugging Face's `tokenizers`, code point by code point, and must agree with `tiktoken`. With
 --check nothing is written, and the exit code says whether the committed unicode.h is what would be written.
 """
+
 import pathlib
 import sys
 

@@ -16,6 +16,7 @@ Steps
              be larger. (Counts of other tokens are compared within two of their standard deviations.)
   sanitizer  memcheck, racecheck, synccheck, initcheck over the kernels, the small model and one with heads of 128
 """
+
 import argparse
 import json
 import os
@@ -29,7 +30,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hf"))
-from places import ROOT, SMOLLM2, SPEED  # noqa: E402
+from places import ROOT, SMOLLM2, SPEED
 
 TESTS = os.environ.get("TESTS", str(ROOT / "build-gpu" / "tests"))
 SMALL = ROOT / "models" / "small.safetensors"
@@ -40,13 +41,41 @@ QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is
 
 # Heads of 128, four queries to a key as in Llama-3.1-8B, in a model that takes a second to make; one with SwiftKV and
 # heads of 64; and two layers of Llama-3.1-8B's own shape.
-HEAD128 = dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=128,
-               intermediate_size=1024, vocab_size=1024, rope_theta=500000.0, max_position_embeddings=4096)
-SWIFTKV = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
-               intermediate_size=512, vocab_size=512, rope_theta=500000.0, max_position_embeddings=4096,
-               num_key_value_layers=3, key_value_group_size=2)
-LLAMA = dict(hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-             intermediate_size=14336, vocab_size=2048, rope_theta=500000.0, max_position_embeddings=4096)
+HEAD128 = dict(
+    hidden_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=128,
+    intermediate_size=1024,
+    vocab_size=1024,
+    rope_theta=500000.0,
+    max_position_embeddings=4096,
+)
+SWIFTKV = dict(
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=512,
+    vocab_size=512,
+    rope_theta=500000.0,
+    max_position_embeddings=4096,
+    num_key_value_layers=3,
+    key_value_group_size=2,
+)
+LLAMA = dict(
+    hidden_size=4096,
+    num_hidden_layers=2,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=2048,
+    rope_theta=500000.0,
+    max_position_embeddings=4096,
+)
 
 
 class Skip(Exception):
@@ -60,8 +89,16 @@ class Failed(Exception):
 def run(*command, timeout=240, **more):
     """stdout and stderr together of a command, and its exit status."""
     try:
-        done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              errors="replace", timeout=timeout, cwd=ROOT, **more)
+        done = subprocess.run(
+            [str(c) for c in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            cwd=ROOT,
+            **more,
+        )
     except subprocess.TimeoutExpired:
         raise Failed(f"{' '.join(map(str, command))[:120]}: no end after {timeout:.0f} s")
     return done.stdout, done.returncode
@@ -88,11 +125,25 @@ def flags(policy="full", k=None, bos=True, keep=None):
 def logits(args, model, tokens, split, **policy):
     """The program's logits, float32 [N - split, vocab]."""
     import numpy as np
+
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch) / "ids.txt", Path(scratch) / "out.npy"
         ids.write_text(" ".join(map(str, tokens)))
-        need(SPEED, "logits", "-m", model, "--device", args.device, "--tokens-file", ids, "--split", split, "--out", out,
-             *flags(**policy))
+        need(
+            SPEED,
+            "logits",
+            "-m",
+            model,
+            "--device",
+            args.device,
+            "--tokens-file",
+            ids,
+            "--split",
+            split,
+            "--out",
+            out,
+            *flags(**policy),
+        )
         return np.load(out)
 
 
@@ -109,6 +160,7 @@ def config_of(model):
 def tokens_of(model, count, seed):
     """BoS and a text: the project's own for a tokenizer of real words, else random ids."""
     import numpy as np
+
     config = config_of(model)
     if config["vocab_size"] > 10000:
         ids = [int(i) for i in need(SPEED, "tokenize", "-m", model, "-f", "README.md").split()]
@@ -119,6 +171,7 @@ def tokens_of(model, count, seed):
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
+
 def kernels(report, args, work):
     out = need(TESTS, "[gpu]", env={**os.environ, "SPEED_TEST_SEED": str(args.seed)})
     report["tests"] = out.strip().splitlines()[-1]
@@ -126,12 +179,15 @@ def kernels(report, args, work):
 
 def repeat(report, args, work):
     import numpy as np
+
     for model in models(work):
         tokens = tokens_of(model, 300, args.seed)
         first, second = (logits(args, model, tokens, 100) for _ in range(2))
         if first.tobytes() != second.tobytes() or not np.isfinite(first).all():
             raise Failed(f"{model.name}: two runs differ, or are not finite")
-        texts = [need(SPEED, "generate", "-m", model, "--device", args.device, "-p", QUESTION, "-n", 40) for _ in range(2)]
+        texts = [
+            need(SPEED, "generate", "-m", model, "--device", args.device, "-p", QUESTION, "-n", 40) for _ in range(2)
+        ]
         if texts[0].splitlines()[0] != texts[1].splitlines()[0]:
             raise Failed(f"{model.name}: two greedy texts differ")
     report["models"] = [m.name for m in models(work)]
@@ -142,9 +198,13 @@ def laws(report, args, work):
     for model in models(work):
         layers, tokens = config_of(model)["num_hidden_layers"], tokens_of(model, 200, args.seed)
         full = logits(args, model, tokens, 150).tobytes()
-        for policy in ({"policy": "speed", "k": layers}, {"policy": "speed", "k": layers, "bos": False},
-                       {"policy": "pop", "k": layers}, {"policy": "pop", "k": layers - 1},
-                       {"policy": "share", "keep": range(layers)}):
+        for policy in (
+            {"policy": "speed", "k": layers},
+            {"policy": "speed", "k": layers, "bos": False},
+            {"policy": "pop", "k": layers},
+            {"policy": "pop", "k": layers - 1},
+            {"policy": "share", "keep": range(layers)},
+        ):
             if logits(args, model, tokens, 150, **policy).tobytes() != full:
                 raise Failed(f"{model.name}: {policy} is not full depth bit for bit")
             cases += 1
@@ -157,6 +217,7 @@ def divergence(ours, reference):
     """Mean Kullback-Leibler divergence in nats from the reference's distribution, and the rows with another top token;
     infinite if anything is not finite."""
     import numpy as np
+
     if ours.shape != reference.shape or not np.isfinite(ours).all():
         return float("inf"), ours.shape[0]
 
@@ -171,6 +232,7 @@ def divergence(ours, reference):
 def hf(report, args, work):
     try:
         import torch
+
         import reference
     except ImportError as error:
         raise Skip(f"{error}: run this with the virtual environment that `make test-hf` makes")
@@ -178,8 +240,13 @@ def hf(report, args, work):
         raise Skip("torch sees no GPU")
     torch.backends.cuda.matmul.allow_tf32 = False
     report["torch"], report["cases"], bad = torch.__version__, [], []
-    for model, count, split in ((SMALL, 400, 100), (SMOLLM2, 1000, 400), (work["head128"], 600, 200),
-                                (work["swiftkv"], 600, 200), (work["llama"], 600, 200)):
+    for model, count, split in (
+        (SMALL, 400, 100),
+        (SMOLLM2, 1000, 400),
+        (work["head128"], 600, 200),
+        (work["swiftkv"], 600, 200),
+        (work["llama"], 600, 200),
+    ):
         if callable(model):
             model = model()
         if not model.exists():
@@ -187,22 +254,37 @@ def hf(report, args, work):
             continue
         tokens, layers = tokens_of(model, count, args.seed), config_of(model)["num_hidden_layers"]
         k = max(1, layers * 3 // 4)
-        policies = [{"policy": "full"}, {"policy": "speed", "k": k}, {"policy": "speed", "k": k, "bos": False},
-                    {"policy": "pop", "k": k},
-                    {"policy": "share", "keep": [l for l in range(layers) if l < k or (l - k) % 2]}]
+        policies = [
+            {"policy": "full"},
+            {"policy": "speed", "k": k},
+            {"policy": "speed", "k": k, "bos": False},
+            {"policy": "pop", "k": k},
+            {"policy": "share", "keep": [l for l in range(layers) if l < k or (l - k) % 2]},
+        ]
         if config_of(model)["swiftkv"]:
             policies.append({"policy": "swiftkv", "k": config_of(model)["swiftkv"]["num_key_value_layers"]})
-        exact, theirs = (references(torch, reference, args, model, tokens, split, policies, dtype)
-                         for dtype in (torch.float32, torch.bfloat16))
+        exact, theirs = (
+            references(torch, reference, args, model, tokens, split, policies, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
         for policy, right, other in zip(policies, exact, theirs):
             ours = logits(args, model, tokens, split, **policy)
             (kl, flips), (hf_kl, hf_flips) = divergence(ours, right), divergence(other, right)
-            case = {"model": model.name, "policy": " ".join(map(str, flags(**policy)[1:])), "rows": len(right),
-                    "kl": kl, "hf_bf16_kl": hf_kl, "other_token": flips, "hf_bf16_other_token": hf_flips}
+            case = {
+                "model": model.name,
+                "policy": " ".join(map(str, flags(**policy)[1:])),
+                "rows": len(right),
+                "kl": kl,
+                "hf_bf16_kl": hf_kl,
+                "other_token": flips,
+                "hf_bf16_other_token": hf_flips,
+            }
             report["cases"].append(case)
             if not (kl <= hf_kl and flips <= hf_flips + 2 * (hf_flips + 1) ** 0.5):
-                bad.append(f"{case['model']} {case['policy']}: KL {kl:.2e} against {hf_kl:.2e}, other token "
-                           f"{flips} against {hf_flips} of {len(right)}")
+                bad.append(
+                    f"{case['model']} {case['policy']}: KL {kl:.2e} against {hf_kl:.2e}, other token "
+                    f"{flips} against {hf_flips} of {len(right)}"
+                )
     if bad:
         raise Failed("further from Hugging Face in fp32 than its bf16 is: " + "; ".join(bad))
 
@@ -223,9 +305,24 @@ def sanitizer(report, args, work):
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         raise Skip("compute-sanitizer is not installed (NVIDIA's package cuda-sanitizer)")
-    targets = {"kernels": [TESTS, "[gpu]~[model]"],
-               "small": [SPEED, "generate", "-m", SMALL, "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 5],
-               "head128": [SPEED, "generate", "-m", work["head128"], "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 2]}
+    targets = {
+        "kernels": [TESTS, "[gpu]~[model]"],
+        "small": [SPEED, "generate", "-m", SMALL, "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 5],
+        "head128": [
+            SPEED,
+            "generate",
+            "-m",
+            work["head128"],
+            "--device",
+            args.device,
+            "-p",
+            QUESTION,
+            "-n",
+            8,
+            "--k",
+            2,
+        ],
+    }
     report["tools"], bad = {}, []
     for name in TOOLS:
         for target, command in targets.items():
@@ -241,7 +338,9 @@ def sanitizer(report, args, work):
             summary = [line for line in out.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
             if not summary:  # it never got to watch the program
                 last = out.strip().splitlines()[-1:] or ["no output"]
-                report["tools"][f"{name} {target}"] = f"skipped: the tool refuses this machine: {last[0].strip()[-160:]}"
+                report["tools"][f"{name} {target}"] = (
+                    f"skipped: the tool refuses this machine: {last[0].strip()[-160:]}"
+                )
             elif code:
                 report["tools"][f"{name} {target}"] = f"FAILED (exit {code}): {summary[-1].strip('= ')}"
                 bad.append(f"{name} {target}: {summary[-1].strip('= ')}")
@@ -255,6 +354,7 @@ def sanitizer(report, args, work):
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 
+
 def machine(device):
     def text(*command):
         try:
@@ -267,28 +367,46 @@ def machine(device):
     if device == "cuda" and not query:
         raise SystemExit("gpu-check: nvidia-smi finds no GPU; this check needs one")
     nvcc = text("nvcc", "--version") or text("/usr/local/cuda/bin/nvcc", "--version")
-    return {"commit": text("git", "describe", "--always", "--dirty"), "gpu": query.splitlines()[0] if query else "none",
-            "toolkit": nvcc.splitlines()[-1] if nvcc else "unknown", "python": platform.python_version(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        "commit": text("git", "describe", "--always", "--dirty"),
+        "gpu": query.splitlines()[0] if query else "none",
+        "toolkit": nvcc.splitlines()[-1] if nvcc else "unknown",
+        "python": platform.python_version(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def markdown(record):
-    lines = ["# Checked on a GPU", "", f"{record['gpu']}; toolkit {record['toolkit']}; commit {record['commit']}; "
-             f"{record['time']}; seed {record['seed']}. `make gpu-check` writes this file; "
-             "[check.json](check.json) is its record.", "", "| step | result | seconds |", "|---|---|---|"]
+    lines = [
+        "# Checked on a GPU",
+        "",
+        f"{record['gpu']}; toolkit {record['toolkit']}; commit {record['commit']}; "
+        f"{record['time']}; seed {record['seed']}. `make gpu-check` writes this file; "
+        "[check.json](check.json) is its record.",
+        "",
+        "| step | result | seconds |",
+        "|---|---|---|",
+    ]
     for name, step in record["steps"].items():
         lines.append(f"| {name} | {step['result']} | {step['seconds']:.0f} |")
     cases = record["steps"].get("hf", {}).get("cases", [])
     if cases:
-        lines += ["", "Distance from Hugging Face in fp32 on the same GPU: mean KL divergence in nats, and rows whose "
-                  "likeliest token is another one.", "",
-                  "| model | policy | rows | KL | KL, HF bf16 | other token | HF bf16 |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "Distance from Hugging Face in fp32 on the same GPU: mean KL divergence in nats, and rows whose "
+            "likeliest token is another one.",
+            "",
+            "| model | policy | rows | KL | KL, HF bf16 | other token | HF bf16 |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for c in cases:
             if "skipped" in c:
                 lines.append(f"| {c['model']} | skipped: {c['skipped']} | | | | | |")
             else:
-                lines.append(f"| {c['model']} | {c['policy']} | {c['rows']} | {c['kl']:.1e} | {c['hf_bf16_kl']:.1e} | "
-                             f"{c['other_token']} | {c['hf_bf16_other_token']} |")
+                lines.append(
+                    f"| {c['model']} | {c['policy']} | {c['rows']} | {c['kl']:.1e} | {c['hf_bf16_kl']:.1e} | "
+                    f"{c['other_token']} | {c['hf_bf16_other_token']} |"
+                )
     tools = record["steps"].get("sanitizer", {}).get("tools", {})
     if tools:
         lines += ["", "| compute-sanitizer | |", "|---|---|", *(f"| {name} | {text} |" for name, text in tools.items())]
@@ -315,8 +433,11 @@ def main():
             checkpoint = random_models.write_checkpoint(Path(scratch) / name, spec, args.seed, "BF16")
             return random_models.export(checkpoint, Path(scratch) / f"{name}.safetensors")
 
-        work = {"head128": made("head128", HEAD128), "swiftkv": made("swiftkv", SWIFTKV),
-                "llama": lambda: made("llama-3.1-8b-layers", LLAMA)}
+        work = {
+            "head128": made("head128", HEAD128),
+            "swiftkv": made("swiftkv", SWIFTKV),
+            "llama": lambda: made("llama-3.1-8b-layers", LLAMA),
+        }
         for name in STEPS:
             if name not in wanted:
                 continue

@@ -4,6 +4,7 @@ C++ tests compare with Hugging Face without Python. `make_golden.py [FOLDER]`; t
 cases.json: {model, tokens, split, policy, k, bos, keep, group, file} a case; file: float32 [N - split, vocab].
 greedy.json: {model, tokens, split, policy, k, bos, keep, group, new}; new: the ids Hugging Face adds greedily.
 """
+
 import json
 import sys
 import tempfile
@@ -33,9 +34,16 @@ def policies(config):
 
 def described(name, config, tokens, split, policy):
     group = config["swiftkv"]["key_value_group_size"] if policy["policy"] == "swiftkv" else None
-    return {"model": f"{name}.safetensors", "tokens": tokens, "split": split, "policy": policy["policy"],
-            "k": policy.get("k", config["num_hidden_layers"]), "bos": policy.get("bos", True),
-            "keep": policy.get("keep"), "group": group}
+    return {
+        "model": f"{name}.safetensors",
+        "tokens": tokens,
+        "split": split,
+        "policy": policy["policy"],
+        "k": policy.get("k", config["num_hidden_layers"]),
+        "bos": policy.get("bos", True),
+        "keep": policy.get("keep"),
+        "group": group,
+    }
 
 
 def main(folder):

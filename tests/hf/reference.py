@@ -4,6 +4,7 @@ and a policy is nothing but masks and replaced keys, values and queries. What th
 All of it is hooks on Hugging Face's own modules, so RoPE, norms, softmax and the rest are Hugging Face's. Positions are
 true indices in every layer.
 """
+
 import contextlib
 import json
 
@@ -21,10 +22,21 @@ def load(path):
     rope = {"rope_theta": config["rope_theta"], "rope_type": "default"}
     if config["rope_scaling"]:
         rope.update(config["rope_scaling"], rope_type="llama3")
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-    model = LlamaForCausalLM(LlamaConfig(**{key: config[key] for key in keys}, rope_parameters=rope,
-                                         attn_implementation="eager"))
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(**{key: config[key] for key in keys}, rope_parameters=rope, attn_implementation="eager")
+    )
     divisors = tensors.pop("rope.freq_divisors", None)
     return finish(model, {name: x.float() for name, x in tensors.items()}, config, divisors)
 
@@ -35,8 +47,9 @@ def load_folder(folder, config):
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             tensors.update({name: file.get_tensor(name).float() for name in file.keys()})
-    return finish(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager"),
-                  tensors, config)
+    return finish(
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager"), tensors, config
+    )
 
 
 def finish(model, tensors, config, divisors=None):
@@ -107,6 +120,7 @@ def mask_prompt(handles, upper, n, split, bos):
 
 def capture_residual(handles, layer, store):
     """store[0] becomes the residual stream entering the layer, [1, N, hidden]."""
+
     def capture(module, args):
         store[:] = [args[0]]
 
@@ -120,6 +134,7 @@ def replace_by_projections_of_residual(handles, layers, k, split):
     residual = []
     capture_residual(handles, layers[k], residual)
     for layer in layers[k:]:
+
         def replace(module, args, out, layer=layer):
             replaced = torch.nn.functional.linear(layer.input_layernorm(residual[0]), module.weight)
             return torch.cat([replaced[:, :split], out[:, split:]], dim=1)
@@ -142,6 +157,7 @@ def replace_by_swiftkv(handles, model, weights, config, k):
     handles.append(model.layers[k].register_forward_pre_hook(keep_normed))
     for i, layer in enumerate(model.layers[k:], start=k):
         for p, source in (("q", i), ("k", i - (i - k) % group), ("v", i - (i - k) % group)):
+
             def replace(module, args, out, p=p, source=source):
                 weight = weights[f"model.layers.{source}.self_attn.{p}_proj_swiftkv.weight"]
                 return torch.nn.functional.linear(args[0] if p == "q" else normed[0], weight)
@@ -155,6 +171,7 @@ def replace_by_kept_layers(handles, layers, keep):
     for p in ("k_proj", "v_proj"):
         kept = []
         for i, layer in enumerate(layers):
+
             def replace(module, args, out, i=i, kept=kept):
                 if i not in keep:
                     return kept[0]
@@ -224,6 +241,7 @@ def rounded_otherwise(loaded, seed):
 
 # ---- planted faults --------------------------------------------------------------------------------------------------
 
+
 @contextlib.contextmanager
 def fault(loaded, kind):
     """The model with one small fault: a comparison made meanwhile must fail.
@@ -234,6 +252,7 @@ def fault(loaded, kind):
     attention = model.model.layers[0].self_attn
     with hooks() as handles:
         if kind == "rope-sign":
+
             def flip(module, args, kwargs, out):
                 cos, sin = out[0], out[1].clone()
                 half = sin.shape[-1] // 2
@@ -243,6 +262,7 @@ def fault(loaded, kind):
 
             handles.append(model.model.rotary_emb.register_forward_hook(flip, with_kwargs=True))
         elif kind == "head":
+
             def roll(module, args, out):
                 heads = out.view(*out.shape[:-1], config["num_key_value_heads"], config["head_dim"])
                 return heads.roll(1, dims=-2).reshape(out.shape)

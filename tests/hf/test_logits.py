@@ -9,6 +9,7 @@ it is run a few times with other rounding errors: once may be luck, and was, by 
 Faults planted in the reference must make the comparison fail, so that a pass means something. About ten minutes on two
 cores; --quick leaves out the long texts and most K on SmolLM2.
 """
+
 import argparse
 import inspect
 import json
@@ -139,12 +140,21 @@ def policies(config, ks=None):
         yield {"policy": "speed", "k": k, "bos": False}
         yield {"policy": "pop", "k": k}
     half = (layers + 1) // 2
-    for keep in ([0], range(0, layers, 2), range(0, layers, 4), range(half), [0, layers - 1], range(layers),
-                 range(layers - layers // 8), [*range(half), *range(half, layers, 3)]):
+    for keep in (
+        [0],
+        range(0, layers, 2),
+        range(0, layers, 4),
+        range(half),
+        [0, layers - 1],
+        range(layers),
+        range(layers - layers // 8),
+        [*range(half), *range(half, layers, 3)],
+    ):
         yield {"policy": "share", "keep": sorted(set(keep))}
 
 
 # ---- random models ---------------------------------------------------------------------------------------------------
+
 
 def random_tokens(rng, count):
     return [random_models.BOS, *(int(i) for i in rng.integers(0, random_models.BOS, count - 1))]
@@ -193,13 +203,22 @@ def test_swiftkv_at_its_initial_weights(folder):
 
 # ---- SmolLM2 ---------------------------------------------------------------------------------------------------------
 
+
 def texts():
     """Ten texts, as (text, number of tokens to keep beside BoS)."""
     prose = inspect.getdoc(argparse) + inspect.getsource(argparse)
-    return [("A", 1), ("Gravity is", 2), ("Why is the sky blue?", 6), ("1234567890 + 0987654321 = ", 23),
-            ("def f(x):\n\treturn x  # x\r\n\r\n", 16),
-            ("Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", 40),
-            (prose[1000:], 200), (prose[6000:], 511), (prose[20000:], 1000), (prose, 2000)]
+    return [
+        ("A", 1),
+        ("Gravity is", 2),
+        ("Why is the sky blue?", 6),
+        ("1234567890 + 0987654321 = ", 23),
+        ("def f(x):\n\treturn x  # x\r\n\r\n", 16),
+        ("Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", 40),
+        (prose[1000:], 200),
+        (prose[6000:], 511),
+        (prose[20000:], 1000),
+        (prose, 2000),
+    ]
 
 
 def tokenize(text):
@@ -240,8 +259,11 @@ def write_swiftkv(loaded, path, k, group):
             x = words.get_tensor(name)
             entries.append((name, "U32", x.shape, [x]))
         for name in expected_tensors(config)[0]:
-            source = name.replace("_swiftkv", "").replace("model.norm", f"model.layers.{k}.input_layernorm") \
-                if "swiftkv" in name else name
+            source = (
+                name.replace("_swiftkv", "").replace("model.norm", f"model.layers.{k}.input_layernorm")
+                if "swiftkv" in name
+                else name
+            )
             x = weights.get_tensor(source).float().numpy()
             if "swiftkv" in name:
                 x = x * (1 + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
@@ -270,8 +292,9 @@ def test_checkpoint_saved_by_transformers(folder):
     saved = folder / "saved" / "model"
     LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(saved, max_shard_size="60KB")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(saved)
-    ours, theirs = (random_models.export(source, source.parent / "out.safetensors").read_bytes()
-                    for source in (checkpoint, saved))
+    ours, theirs = (
+        random_models.export(source, source.parent / "out.safetensors").read_bytes() for source in (checkpoint, saved)
+    )
     results.check("a checkpoint saved by transformers", ours == theirs)
 
 
@@ -293,18 +316,24 @@ def test_export_against_transformers(loaded, folder):
 
 # ---- greedy text -----------------------------------------------------------------------------------------------------
 
+
 def spelling(path, ids):
     with safe_open(path, "np") as file:
         offsets, data = file.get_tensor("tokenizer.offsets"), file.get_tensor("tokenizer.bytes").tobytes()
-    return b"".join(data[offsets[i]:offsets[i + 1]] for i in ids)
+    return b"".join(data[offsets[i] : offsets[i + 1]] for i in ids)
 
 
 def test_greedy(loaded, quick):
     """The greedy continuation, as bytes. BoS in front and the split before the last token are the program's rules."""
     prompt = "The capital of France is Paris. The capital of Germany is"
     tokens = [loaded[2]["bos_token_id"], *tokenize(prompt)]
-    for policy in ({"policy": "full"}, {"policy": "speed", "k": 24}, {"policy": "speed", "k": 24, "bos": False},
-                   {"policy": "pop", "k": 20}, {"policy": "share", "keep": [i for i in range(30) if i != 20]}):
+    for policy in (
+        {"policy": "full"},
+        {"policy": "speed", "k": 24},
+        {"policy": "speed", "k": 24, "bos": False},
+        {"policy": "pop", "k": 20},
+        {"policy": "share", "keep": [i for i in range(30) if i != 20]},
+    ):
         count = 8 if quick else 24
         ids, lead = reference.greedy(loaded, tokens, len(tokens) - 1, count, **policy)
         stop = ids and ids[-1] in loaded[2]["eos_token_id"]
@@ -313,20 +342,27 @@ def test_greedy(loaded, quick):
             got = run("generate", "-m", SMOLLM2, "-p", prompt, "-n", count, *flags(**policy))
         except RuntimeError as error:
             got = str(error).encode()
-        results.check(f"greedy text {policy}", got == expected,
-                      f"expected {expected}, got {got} (smallest lead {lead:.1e})")
+        results.check(
+            f"greedy text {policy}", got == expected, f"expected {expected}, got {got} (smallest lead {lead:.1e})"
+        )
     results.section("SmolLM2, greedy text")
 
 
 # ---- what the comparison can see -------------------------------------------------------------------------------------
+
 
 def test_comparison_sees_bad_numbers():
     good = np.ones((3, 5), np.float32)
     bad = good.copy()
     bad[1, 2] = np.nan
     empty = np.empty((0, 5), np.float32)
-    for name, got, expected in (("NaN", bad, good), ("NaN in the reference", good, bad), ("NaN in both", bad, bad),
-                                ("a row too few", good[1:], good), ("no row", empty, empty)):
+    for name, got, expected in (
+        ("NaN", bad, good),
+        ("NaN in the reference", good, bad),
+        ("NaN in both", bad, bad),
+        ("a row too few", good[1:], good),
+        ("no row", empty, empty),
+    ):
         results.check(f"the comparison sees {name}", not difference(got, expected) <= TOLERANCE)
     results.check("the comparison passes what is equal", difference(good, good) == 0)
 
@@ -335,8 +371,12 @@ def test_planted_faults(model, loaded, tokens, split):
     """Each fault in the reference must move some row by more than the tolerance away from the engine."""
     config = loaded[2]
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
-    cases = [{"policy": "full"}, {"policy": "speed", "k": layers // 2}, {"policy": "pop", "k": layers // 2},
-             {"policy": "share", "keep": [0, layers // 2]}]
+    cases = [
+        {"policy": "full"},
+        {"policy": "speed", "k": layers // 2},
+        {"policy": "pop", "k": layers // 2},
+        {"policy": "share", "keep": [0, layers // 2]},
+    ]
     if swiftkv:
         cases.append({"policy": "swiftkv", "k": swiftkv["num_key_value_layers"]})
     smallest = float("inf")

