@@ -297,7 +297,7 @@ def references(torch, reference, args, model, tokens, split, policies, dtype):
         frequencies = rotary.inv_freq.clone()
         net = net.to(args.device, dtype)
         rotary.inv_freq = frequencies.to(args.device)  # fp32 in any bf16 model that transformers loads by itself
-        loaded = net, {name: x.to(args.device, dtype) for name, x in swiftkv.items()}, config
+        loaded = reference.Loaded(net, {name: x.to(args.device, dtype) for name, x in swiftkv.items()}, config)
         return [reference.logits(loaded, tokens, split, **p) for p in policies]
 
 

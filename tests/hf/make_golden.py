@@ -59,16 +59,16 @@ def main(folder):
         loaded = reference.load(path)
         rng = np.random.default_rng(seed)
         text = [random_models.BOS, *(int(i) for i in rng.integers(0, random_models.BOS, 99))]
-        for i, policy in enumerate(policies(loaded[2])):
+        for i, policy in enumerate(policies(loaded.config)):
             # lengths to both sides of the scaled model's original 32; tails of 1 to 3
             n, tail = ((40, 3), (12, 2), (100, 1))[i % 3]
             file = f"{name}-{i:02}.npy"
             np.save(folder / file, reference.logits(loaded, text[:n], n - tail, **policy))
-            cases.append({**described(name, loaded[2], text[:n], n - tail, policy), "file": file})
+            cases.append({**described(name, loaded.config, text[:n], n - tail, policy), "file": file})
             if i % 4 == 0:
                 new, lead = reference.greedy(loaded, text[:10], 9, 8, **policy)
                 assert lead > 1e-4, "a near tie: rounding could decide it; take another seed"
-                greedy.append({**described(name, loaded[2], text[:10], 9, policy), "new": new})
+                greedy.append({**described(name, loaded.config, text[:10], 9, policy), "new": new})
     for file, rows in (("cases.json", cases), ("greedy.json", greedy)):
         (folder / file).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     total = sum(path.stat().st_size for path in folder.iterdir())

@@ -7,6 +7,7 @@ true indices in every layer.
 
 import contextlib
 import json
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -14,8 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 
+class Loaded(NamedTuple):
+    model: LlamaForCausalLM
+    swiftkv: dict  # name -> tensor
+    config: dict  # as exported
+
+
 def load(path):
-    """(model, SwiftKV tensors, config) of an exported file; bf16 weights widened to fp32, eager attention."""
+    """The Loaded of an exported file. bf16 weights are widened to fp32; attention is eager."""
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
         tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("tokenizer.")}
@@ -64,7 +71,7 @@ def finish(model, tensors, config, divisors=None):
     assert not missing, missing
     if divisors is not None:
         model.model.rotary_emb.inv_freq /= divisors
-    return model.float().eval(), swiftkv, config
+    return Loaded(model.float().eval(), swiftkv, config)
 
 
 @contextlib.contextmanager
@@ -192,7 +199,7 @@ def greedy(loaded, tokens, split, count, **policy):
         second = row[row.argsort()[-2]]
         lead = min(lead, float(row[best] - second))
         tokens.append(int(best))
-        if tokens[-1] in loaded[2]["eos_token_id"]:
+        if tokens[-1] in loaded.config["eos_token_id"]:
             break
     return tokens[start:], lead
 
@@ -214,7 +221,7 @@ def double_precision(loaded):
 
     modeling_llama.LlamaRMSNorm.forward, modeling_llama.eager_attention_forward = norm64, attention64
     try:
-        yield model.double(), {name: x.double() for name, x in swiftkv.items()}, config
+        yield Loaded(model.double(), {name: x.double() for name, x in swiftkv.items()}, config)
     finally:
         modeling_llama.LlamaRMSNorm.forward, modeling_llama.eager_attention_forward = norm, attention
         model.float()  # exact: the weights came from bf16
@@ -224,9 +231,8 @@ def double_precision(loaded):
 def rounded_otherwise(loaded, seed):
     """The model with the weights of its products off in the last bit, at random: a product's result is then off by about
     as much as the order of its sum, which is any program's own choice, puts it off."""
-    model, swiftkv, config = loaded
     generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in [*model.parameters(), *swiftkv.values()] if p.dim() == 2]
+    matrices = [p for p in [*loaded.model.parameters(), *loaded.swiftkv.values()] if p.dim() == 2]
     before = [p.detach().clone() for p in matrices]
     with torch.no_grad():
         for p in matrices:

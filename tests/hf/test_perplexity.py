@@ -84,7 +84,7 @@ def main():
     loaded = reference.load(SMOLLM2)
     text = inspect.getdoc(textwrap) + "\n" + inspect.getdoc(textwrap.TextWrapper) + "\n" + inspect.getsource(json.dump)
     ids = tokenize(text)[:397]
-    texts = pieces(ids, loaded[2]["bos_token_id"])
+    texts = pieces(ids, loaded.config["bos_token_id"])
     results.check("the last piece is a short one", len(texts) == 4 and len(texts[-1]) < PROMPT + ANSWER)
     with tempfile.NamedTemporaryFile("wb") as file:
         file.write(run("tokenize", "-m", SMOLLM2, "--decode", "-p", " ".join(map(str, ids))))
