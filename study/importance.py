@@ -38,9 +38,7 @@ try:
     import quality
     import reference  # tests/hf/reference.py: importing common puts it on the path
 except ImportError as error:
-    raise SystemExit(
-        f"importance.py: {error}; run it as  tests/hf/run.sh ~/.cache/speed study/importance.py"
-    ) from None
+    raise SystemExit(f"importance.py: {error}; run it as  tests/hf/run.sh ~/.cache/speed study/importance.py") from None
 
 ROWS = ("anchor", "prompt", "header", "answer")  # disjoint sets of rows; a gate acts on some of them
 GATES = {
@@ -347,7 +345,9 @@ def main():
     p.add_argument("-m", "--model", default=common.SMOLLM2, help="default: SmolLM2 from the cache folder of ./run.sh")
     p.add_argument("--speed", default=common.ROOT / "speed", help="the program, which samples the answers (./speed)")
     p.add_argument("--prompts", type=Path, default=common.ROOT / "study" / "questions.json")
-    p.add_argument("--longest", type=int, default=400, help="leave out prompts of more characters, which are slow (400)")
+    p.add_argument(
+        "--longest", type=int, default=400, help="leave out prompts of more characters, which are slow (400)"
+    )
     p.add_argument("--out", type=Path, default=common.ROOT / "docs" / "importance", help="folder for the results")
     p.add_argument("-n", type=int, default=48, help="tokens of an answer, at most (48)")
     p.add_argument("--draws", type=int, default=4, help="how often the labels of an answer are drawn (4)")
