@@ -1,19 +1,20 @@
-"""A GGUF file, under Hugging Face's names and in its order of rows.
+"""Reads a GGUF file, with Hugging Face's names and order of rows.
 
-The file is not trusted; pip's gguf is, for the sizes of quantised blocks and their dequantisation.
+The file is not trusted. The Python package gguf is: it knows the sizes of quantised blocks and dequantises them.
 """
 
 import math
 import re
 import struct
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from .failure import Failure, damaged, unsupported
-from .files import JSON_LIMIT, Reader
+from .files import JSON_LIMIT, Checkpoint, Reader, Weight
 from .tokenizer import DIGIT, GPT2_SPLIT, LLAMA3_SPLIT, Tokenizer
 
-# tokenizer.ggml.pre -> (split patterns, ignore_merges), as llama.cpp's llama-vocab.cpp has them
+# tokenizer.ggml.pre -> (split patterns, ignore_merges), as in llama.cpp's llama-vocab.cpp
 GGUF_SPLIT = {
     "gpt-2": ([GPT2_SPLIT], False),
     "smollm": ([DIGIT, GPT2_SPLIT], False),
@@ -56,12 +57,29 @@ GGUF_NEEDED = (
 )
 
 
+class GgufTensor(NamedTuple):
+    """A tensor in the file. Its shape is as Hugging Face writes it. Offsets are from the start of the file."""
+
+    shape: tuple
+    kind: object  # gguf.GGMLQuantizationType
+    begin: int
+    end: int
+
+
+class Entry(NamedTuple):
+    """A tensor as the header describes it. The offset is from the start of the data."""
+
+    offset: int
+    name: str
+    shape: tuple
+    kind: object
+
+
 class Gguf(Reader):
     """A GGUF file (github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian, version 2 or 3. `values`: its
-    metadata; `tensors`: name -> (shape, type, begin, end), shapes as Hugging Face writes them, offsets from the start
-    of the file. Every count, length and offset is held against what is there before anything is made of it."""
+    metadata. `tensors`: name -> GgufTensor. Every count, length and offset is checked before it is used."""
 
-    NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    NUMBERS: ClassVar = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     STRING, ARRAY = 8, 9
 
     def __init__(self, path, gguf):
@@ -85,7 +103,7 @@ class Gguf(Reader):
             raise self.bad(f"general.alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
         self.tensors, position = {}, start
-        for offset, name, shape, kind in sorted(entries, key=lambda entry: entry[0]):
+        for offset, name, shape, kind in sorted(entries, key=lambda entry: entry.offset):
             begin = start + offset
             if name in self.tensors:
                 raise self.bad(f"{name} is there twice")
@@ -97,14 +115,14 @@ class Gguf(Reader):
             position = begin + math.prod(shape) // block * width
             if position > self.size:
                 raise self.bad(f"{name} ends at byte {position}, the file at {self.size}")
-            self.tensors[name] = shape, kind, begin, position
+            self.tensors[name] = GgufTensor(shape, kind, begin, position)
         del self.head
 
     def bad(self, why):
         return damaged(self.path, why)
 
     def take(self, format):
-        """Numbers, by struct's letters."""
+        """The next numbers. `format` holds struct's letters."""
         return struct.unpack("<" + format, self.bytes(struct.calcsize("<" + format)))
 
     def bytes(self, size):
@@ -140,7 +158,6 @@ class Gguf(Reader):
         return list(struct.unpack(f"<{count}{letter}", self.bytes(count * struct.calcsize("<" + letter))))
 
     def entry(self):
-        """(offset, name, shape, type) of a tensor."""
         name, (rank,) = self.string(), self.take("I")
         if not 1 <= rank <= 4:
             raise self.bad(f"{name} has {rank} dimensions")
@@ -149,15 +166,16 @@ class Gguf(Reader):
             raise self.bad(f"{name} has the shape {list(shape)}")
         kind, offset = self.take("IQ")
         try:
-            return offset, name, shape, self.gguf.GGMLQuantizationType(kind)
+            return Entry(offset, name, shape, self.gguf.GGMLQuantizationType(kind))
         except ValueError:
             raise unsupported(f"the tensor type {kind} in {name}", self.path) from None
 
     def rows(self, name, head_dim):
-        """rows(a, b) of a tensor, dequantised. head_dim: for Q and K, whose rows llama.cpp stores interleaved (pair i
-        of a head is rows 2i, 2i+1); Hugging Face has them in halves (pair i is rows i and head_dim/2 + i)."""
+        """rows(a, b) of a tensor, dequantised. head_dim: None, except for Q and K. llama.cpp stores their rows
+        interleaved (pair i of a head is rows 2i, 2i+1). Hugging Face stores them in halves (pair i is rows i and
+        head_dim/2 + i)."""
         shape, kind, begin, end = self.tensors[name]
-        count = shape[0] if len(shape) > 1 else 1  # a vector is one row, which a quantised one cannot be cut within
+        count = shape[0] if len(shape) > 1 else 1  # a vector is one row, since blocks cannot be cut
         width = (end - begin) // count
 
         def rows(a, b):
@@ -177,7 +195,7 @@ class Gguf(Reader):
 
 
 def gguf_config(values, path):
-    """config.json's keys from GGUF metadata. llama.* keys without an equivalent are refused by name."""
+    """The keys of config.json from GGUF metadata. A llama.* key that has no equivalent is refused by name."""
     field = values.get
 
     def read(key):
@@ -240,7 +258,7 @@ def read_gguf(path, tokenizer_only):
     config, tokenizer = gguf_config(file.values, path), gguf_tokenizer(file.values, path)
     tensors, extra = {}, {}
     for name in [] if tokenizer_only else file.tensors:
-        shape = file.tensors[name][0]
+        shape = file.tensors[name].shape
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         other = re.fullmatch(r"(\w+)\.weight", name)
         head_dim = None
@@ -259,6 +277,6 @@ def read_gguf(path, tokenizer_only):
             raise unsupported(f"the tensor {name}", path)
         if ours in tensors:
             raise Failure(f"{path}: {name} is there twice; get the file again")
-        tensors[ours] = shape, file.rows(name, head_dim)
+        tensors[ours] = Weight(shape, file.rows(name, head_dim))
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    return config, {}, tokenizer, tensors, extra
+    return Checkpoint(config, {}, tokenizer, tensors, extra)

@@ -159,7 +159,7 @@ class RoundTrip(Case):
         self.assertEqual(start % 64, 0)
         self.assertEqual(set(file.metadata), {"format", "config", "tokenizer", "chat"})
         self.assertEqual(file.metadata["format"], "speed 1")
-        dtypes = [t[0] for t in sorted(file.tensors.values(), key=lambda t: t[2])]
+        dtypes = [t.dtype for t in sorted(file.tensors.values(), key=lambda t: t.begin)]
         self.assertEqual(dtypes, sorted(dtypes, key=["U32", "F32", "BF16", "U8"].index))
         self.assertIn("275 tokens", out)
         self.assertIn("chat template: llama-3\n", out)
@@ -1385,7 +1385,7 @@ class Gguf(Case):
             {"llama.embedding_length": 36, "llama.feed_forward_length": 64}, tensors, gguf.GGMLQuantizationType.Q8_0
         )
         whole = self.checkpoint.read_bytes()
-        begin = gguf_file.Gguf(self.checkpoint, gguf).tensors["blk.1.ffn_down.weight"][2]
+        begin = gguf_file.Gguf(self.checkpoint, gguf).tensors["blk.1.ffn_down.weight"].begin
         self.checkpoint.write_bytes(whole[:begin] + b"\xff\xff" + whole[begin + 2 :])  # its first scale
         self.refuse("model.layers.1.mlp.down_proj.weight: holds NaN")
 

@@ -257,7 +257,7 @@ def write_swiftkv(loaded, path, k, group):
         metadata["config"] = json.dumps(config)
         for name in ("tokenizer.offsets", "tokenizer.merges"):
             x = words.get_tensor(name)
-            entries.append((name, "U32", x.shape, [x]))
+            entries.append(export_weights.Entry(name, "U32", x.shape, [x]))
         for name in expected_tensors(config)[0]:
             source = (
                 name.replace("_swiftkv", "").replace("model.norm", f"model.layers.{k}.input_layernorm")
@@ -267,9 +267,9 @@ def write_swiftkv(loaded, path, k, group):
             x = weights.get_tensor(source).float().numpy()
             if "swiftkv" in name:
                 x = x * (1 + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
-            entries.append((name, "BF16", x.shape, [export_weights.Rounding()(x, name)]))
+            entries.append(export_weights.Entry(name, "BF16", x.shape, [export_weights.Rounding()(x, name)]))
         x = words.get_tensor("tokenizer.bytes")
-        entries.append(("tokenizer.bytes", "U8", x.shape, [x]))
+        entries.append(export_weights.Entry("tokenizer.bytes", "U8", x.shape, [x]))
     export_weights.write_file(path, metadata, entries)
 
 
