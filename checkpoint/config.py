@@ -138,8 +138,8 @@ def check_config(config, generation, name):
 
 
 def tokenizer_config(config, generation, tokenizer, name):
-    """The config keys of a file without weights. The BoS and EoS ids come from config.json if it has them, else from the
-    texts of the tokens."""
+    """The config keys of a file without weights. The BoS and EoS ids come from config.json if it has them, else from
+    the texts of the tokens."""
     ids = {text: i for i, text in tokenizer.special.items()}
     config = {"bos_token_id": ids.get(tokenizer.bos), "eos_token_id": ids.get(tokenizer.eos), **config}
     vocab = integer(config, "vocab_size", tokenizer.size(), high=MOST_TOKENS)
@@ -155,8 +155,8 @@ def tokenizer_config(config, generation, tokenizer, name):
 
 
 def expected_tensors(config):
-    """name -> shape of every weight, in the order of the forward pass. Also the names of the ordinary projections in the
-    upper layers of a SwiftKV model: a checkpoint has all of those or none."""
+    """name -> shape of every weight, in the order of the forward pass. Also the names of the ordinary projections in
+    the upper layers of a SwiftKV model: a checkpoint has all of those or none."""
     d, f = config["hidden_size"], config["intermediate_size"]
     q = config["num_attention_heads"] * config["head_dim"]
     kv = config["num_key_value_heads"] * config["head_dim"]

@@ -83,7 +83,7 @@ def read_limited(path, limit):
 
 
 class Reader:
-    """A file, read by offsets. It is not mapped: if it is cut short meanwhile, that is an error here and not a signal."""
+    """A file, read by offsets. It is not mapped: if it is cut short meanwhile, that is an error here, not a signal."""
 
     def __init__(self, path):
         self.path = path

@@ -117,8 +117,8 @@ def cuts(n_layers):
 
 
 def pop(model, run, k, n_prompt):
-    """[n_targets, vocab]: the logits of the pass `run` if its prompt rows had closed gates in layers >= K. Under POP the
-    last prompt row is the first one of full depth."""
+    """[n_targets, vocab]: the logits of the pass `run` if its prompt rows had closed gates in layers >= K. Under POP
+    the last prompt row is the first one of full depth."""
     gates = torch.ones(len(run.residual) - 1 - k, run.residual[k].shape[1], dtype=run.logits.dtype)
     gates[:, : n_prompt - 1] = 0
     with torch.no_grad():

@@ -41,9 +41,9 @@ from stories import (
 V, D, HEADS, KV_HEADS, E, MLP, L = 768, 128, 4, 2, 32, 384, 8
 THETA, EPS, MAX_POSITION = 1000.0, 1e-5, 512
 ROW, LOSSES, MARKS = 256, 64, 12  # a row holds at most so many tokens, answer tokens, and facts about people
-# Lessons are auxiliary losses. They fix the layers in which a question is answered, and choose low ones, so that the
-# prompt need not visit more. The first two lessons are classifiers. After layer SUBJECT one predicts, from a fact, the
-# person it is about. After layer PERSON the other predicts, from an answer token, the person that the question is about.
+# Lessons are auxiliary losses. They fix the layers in which a question is answered. The layers are low ones, so that
+# the prompt need not visit more. The first two lessons are classifiers. After layer SUBJECT, one predicts from a fact
+# the person it is about. After layer PERSON, the other predicts from an answer token the person that is asked about.
 SUBJECT, PERSON = 1, 2
 # The other lessons are about attention. In the layer named here head 0 attends, from an answer token, to the word of
 # the story that it needs. The layer depends on the kind of question; `via` is the first of two hops. So the code word
@@ -68,8 +68,8 @@ class Turn(NamedTuple):
 
 
 class Row:
-    """The arrays of one row. branch: 0 for the story, -1 for padding. phase: 0 for prompt tokens, else the number of the
-    decode-phase turn."""
+    """The arrays of one row. branch: 0 for the story, -1 for padding. phase: 0 for prompt tokens, else the number of
+    the decode-phase turn."""
 
     def __init__(self):
         self.token, self.position, self.branch, self.phase = ([0] * ROW, [0] * ROW, [-1] * ROW, [0] * ROW)
@@ -315,8 +315,8 @@ class Muon:
 
 
 def measure(run, enc, w, ks, rows=24, bos=True, people=3):
-    """Exact answers in %, by K, for each of KINDS. An answer is exact if every token is the argmax: then greedy decoding
-    gives it."""
+    """Exact answers in %, by K, for each of KINDS. An answer is exact if every token is the argmax: then greedy
+    decoding gives it."""
     rng = random.Random("probe")
     made = [make_row(rng, enc, Story(rng, people, TEST_NAMES)) for _ in range(rows)]
     table = {}

@@ -1,7 +1,7 @@
-"""Tests of export_weights.py and checkpoint/: round trips, each refusal by name, hostile files, and no output file after
-a failure.
+"""Tests of export_weights.py and checkpoint/: round trips, refused features, hostile files, and no output file after a
+failure.
 
-Needs numpy and jinja2; gguf for the GGUF tests, which are reported as skipped without it.
+Needs numpy and jinja2. The GGUF tests need gguf, and are skipped without it.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import numpy as np
@@ -54,7 +55,7 @@ SWIFTKV = dict(SMALL, num_hidden_layers=5, num_key_value_layers=2, key_value_gro
 
 
 def export(*arguments):
-    """(exit code, stdout, stderr) of the exporter, run in this process. Bounded in time, whatever it is given."""
+    """(exit code, stdout, stderr) of the exporter, run in this process. No input may take it more than 5 seconds."""
     out, err = io.StringIO(), io.StringIO()
     began = time.process_time()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -68,7 +69,7 @@ def export(*arguments):
 
 
 def tearDownModule():
-    """Nothing above made the exporter take memory: its largest honest need here is a few MB."""
+    """No input may make the exporter use much memory. The valid ones here need a few MB."""
     took = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - START_BYTES
     if took > 256 << 20:
         raise AssertionError(f"the tests took {took >> 20} MB")
@@ -111,7 +112,7 @@ class Case(unittest.TestCase):
         return files.Safetensors(self.out), out
 
     def survive(self, *more):
-        """The exporter accepts, or says why not in one line and leaves no file. Returns what it said."""
+        """The exporter accepts the checkpoint, or says why not in one line and writes no file. Returns what it said."""
         code, _, err = export(self.checkpoint, self.out, *more)
         if code:
             self.assertEqual(code, 1, err)
@@ -122,7 +123,7 @@ class Case(unittest.TestCase):
         return err
 
     def refuse(self, word, code=1, arguments=None):
-        """The exporter says `word` in one line, exits with `code` and leaves no file behind."""
+        """The exporter says `word` in one line, exits with `code` and writes no file."""
         before = sorted(self.folder.iterdir())
         got, out, err = export(*((self.checkpoint, self.out) if arguments is None else arguments))
         self.assertEqual(out, "")
@@ -141,7 +142,7 @@ class RoundTrip(Case):
         expected = random_models.random_tensors(random_models.base_config(SMALL), 5)
         for dtype in ("F32", "F16", "BF16"):
             self.write(dtype=dtype)
-            if dtype == "F16":  # bf16 has a wider range: compare with what F16 kept
+            if dtype == "F16":  # bf16 has a wider range, so compare with the values that F16 holds
                 expected = {
                     name: random_models.to_bf16(x.astype(np.float16).astype(np.float32)) for name, x in expected.items()
                 }
@@ -385,7 +386,7 @@ class Rounding(unittest.TestCase):
         expected = np.where((to_below < to_above) | ((to_below == to_above) & even), below, above)
         np.testing.assert_array_equal(value, expected)
 
-    def test_account(self):
+    def test_counts(self):
         rounding = export_weights.Rounding()
         rounding(np.array([1, 2, 1 + 2**-9, 4], np.float32), "x")
         self.assertEqual((rounding.values, rounding.changed), (4, 1))
@@ -427,7 +428,7 @@ class SwiftKV(Case):
             {"swiftkv": True, "model_type": "llama_swiftkv", "architectures": ["LlamaSwiftKVForCausalLM"]},
         )
         self.accept()
-        # null: all layers have keys and values of their own; the norm is then a leftover
+        # null: all layers have keys and values of their own, and the norm is not used
         self.write()
         self.rewrite("config.json", {"swiftkv": False, "num_key_value_layers": None, "key_value_group_size": None})
         tensors = random_models.random_tensors(random_models.base_config(SMALL), 5)
@@ -607,7 +608,7 @@ class Refusals(Case):
             with self.subTest(changes=str(changes)):
                 self.refuse(word)
 
-    def test_what_the_tokenizer_may_have(self):
+    def test_accepted_tokenizers(self):
         digits = {"type": "Digits", "individual_digits": True}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         for changes, split in (
@@ -668,8 +669,8 @@ class HostileSafetensors(Case):
         whole = path.read_bytes()
         length = int.from_bytes(whole[:8], "little")
         header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
-        first, second = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
-        (a, b), (c, d) = header[first]["data_offsets"], header[second]["data_offsets"]
+        second = "model.layers.0.input_layernorm.weight"
+        c, d = header[second]["data_offsets"]
         for changes, word in (
             ({(second, "data_offsets"): [c - 4, d - 4]}, "overlap"),
             ({(second, "data_offsets"): [c + 4, d + 4]}, "gap"),
@@ -714,7 +715,7 @@ class HostileSafetensors(Case):
             path.write_bytes(len(text).to_bytes(8, "little") + text + data)
             self.refuse("model.safetensors: header")
 
-    def test_random_damage_never_shows_a_trace(self):
+    def test_random_damage_never_shows_a_stack_trace(self):
         self.write()
         path = self.checkpoint / "model.safetensors"
         whole = path.read_bytes()
@@ -726,7 +727,7 @@ class HostileSafetensors(Case):
             for at in rng.integers(0, start, rng.integers(1, 4)):
                 damaged[at] = rng.integers(0, 256)
             path.write_bytes(damaged)
-            code, out, err = export(self.checkpoint, self.out)
+            code, _, err = export(self.checkpoint, self.out)
             self.assertIn(code, (0, 1))
             if code:
                 refused += 1
@@ -762,7 +763,7 @@ class HostileSafetensors(Case):
 
 
 class HostileFolders(Case):
-    def test_files_that_are_none(self):
+    def test_names_that_are_not_regular_files(self):
         self.write()
         (self.folder / "loop").symlink_to("loop")
         self.refuse("loop: no such file or folder", 2, (self.folder / "loop", self.out))
@@ -783,7 +784,7 @@ class HostileFolders(Case):
         self.write()
         self.refuse("not a regular file", 2)
 
-    def test_larger_than_any(self):
+    def test_files_that_are_too_large(self):
         for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"):
             self.write()
             with open(self.checkpoint / name, "ab") as file:
@@ -868,7 +869,7 @@ class HostileFolders(Case):
                     self.accept()
                     self.out.unlink()
 
-    def test_many_added_tokens_take_no_more_than_their_number(self):
+    def test_many_added_tokens_take_little_time(self):
         self.write()
         data = random_models.tokenizer_json()
         data["added_tokens"] += [{"id": 274 + i, "content": f"<{i}>", "normalized": False} for i in range(100000)]
@@ -879,7 +880,7 @@ class HostileFolders(Case):
         (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
         self.refuse("normalized")
 
-    def test_names_for_a_terminal(self):
+    def test_messages_are_safe_for_a_terminal(self):
         self.checkpoint = self.folder / "a\x1b[2Jb\udcff"
         self.write()
         self.assertEqual(meta(self.accept()[0], "config")["name"], "a?[2Jb?")
@@ -937,7 +938,7 @@ class NoHalfWrittenFile(Case):
             self.out.write_bytes(b"older")
             trace, left = interrupt_at(line)
 
-            def traced(*arguments):
+            def traced(*arguments, trace=trace):
                 sys.settrace(trace)
                 try:
                     return write_file(*arguments)
@@ -947,7 +948,7 @@ class NoHalfWrittenFile(Case):
             with mock.patch.object(export_weights, "write_file", traced):
                 code, _, err = export(self.checkpoint, self.out)
             self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["model", "out.safetensors"])
-            if left[0] > 0:  # it was done before this line
+            if left[0] > 0:  # the writing ended before this line
                 self.assertEqual((code, self.out.read_bytes()), (0, whole))
                 break
             self.assertEqual((code, err), (130, "export_weights.py: interrupted; nothing was written\n"))
@@ -957,7 +958,7 @@ class NoHalfWrittenFile(Case):
 
     def test_signals(self):
         self.write()
-        spec = dict(SMALL, intermediate_size=1 << 20)  # 600 MB of zeros, which take no room on a disk
+        spec = dict(SMALL, intermediate_size=1 << 20)  # 600 MB of zeros in a sparse file
         self.rewrite("config.json", {"intermediate_size": 1 << 20})
         shapes, _ = expected_tensors(check_config(random_models.base_config(spec), {}, ""))
         header, end = {}, 0
@@ -974,8 +975,9 @@ class NoHalfWrittenFile(Case):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-            )  # ignored in a background job
+                # A background job ignores the signal unless it is set to default.
+                preexec_fn=lambda number=number: signal.signal(number, signal.SIG_DFL),
+            )
             while not list(self.folder.glob(".*.part")):
                 self.assertIsNone(run.poll())
                 time.sleep(0.001)
@@ -987,7 +989,7 @@ class NoHalfWrittenFile(Case):
             )
             self.assertEqual([p.name for p in self.folder.iterdir()], ["model"])
 
-    def test_a_second_signal_does_not_stop_the_tidying_up(self):
+    def test_a_second_signal_does_not_stop_the_cleaning_up(self):
         with mock.patch.object(signal, "signal") as set_handler, self.assertRaises(KeyboardInterrupt):
             export_weights.stop(signal.SIGINT, None)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -1020,14 +1022,14 @@ class NoHalfWrittenFile(Case):
         self.assertRegex(done.stderr, r"\Aexport_weights\.py: [^\n]+out\.safetensors: File too large; [^\n]+\n\Z")
         self.assertEqual([p.name for p in self.folder.iterdir()], ["model"])
 
-    def test_not_as_written(self):
+    def test_file_reads_back_wrong(self):
         self.write()
         with mock.patch.object(export_weights.zlib, "crc32", side_effect=range(10**6)):
             self.refuse("does not read back")
 
 
 class ChatTemplates(Case):
-    """Stand-ins for the published templates: the same conversations, in other words."""
+    """Templates that render the same conversations as the published ones, written differently."""
 
     LLAMA31 = (
         '{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
@@ -1067,14 +1069,14 @@ class ChatTemplates(Case):
         self.assertEqual((chat["template"], chat["date_default"]), ("llama-3.2", "26 Jul 2024"))
         chat = self.recognised(self.CHATML)
         self.assertEqual((chat["template"], chat["trim"], chat["system_default"]), ("chatml", False, "Help."))
-        with_bos = "{{ bos_token }}" + self.CHATML  # without a BoS token Hugging Face renders that as nothing
+        with_bos = "{{ bos_token }}" + self.CHATML  # without a BoS token Hugging Face renders it as ""
         self.assertEqual(self.recognised(with_bos, bos=None)["template"], "chatml")
         self.assertIsNone(self.recognised(with_bos))
         plain = self.CHATML.replace("loop.first and", "false and")
         self.assertIsNone(self.recognised(plain)["system_default"])
-        for chat in (chat, self.recognised(self.LLAMA31)):
+        for known in (chat, self.recognised(self.LLAMA31)):
             self.assertEqual(
-                set(chat),
+                set(known),
                 {"template", "trim", "begin", "system", "system_default", "user", "assistant", "date_default"},
             )
 
@@ -1097,7 +1099,7 @@ class ChatTemplates(Case):
         self.assertIsNone(self.recognised(self.CHATML, random_models.SPECIAL))
 
     def test_hostile(self):
-        """Templates that run for ever, take all memory or say too much are unknown ones."""
+        """A template that runs for ever, takes all memory or renders too much is an unknown one."""
         loop = "{% for i in range(99999) %}"
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
         with mock.patch.multiple("checkpoint.chat", TEMPLATE_SECONDS=1, TEMPLATE_MEMORY=128 << 20):
@@ -1121,7 +1123,7 @@ class ChatTemplates(Case):
         here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.assertLessEqual(took.ru_maxrss, max(began.ru_maxrss, here + (256 << 10)))  # KiB
 
-    def test_where_it_is_read_from(self):
+    def test_where_the_template_is_read_from(self):
         self.write()
         settings = json.loads((self.checkpoint / "tokenizer_config.json").read_text())
         for template, name in (
@@ -1141,10 +1143,10 @@ class ChatTemplates(Case):
 
 @unittest.skipUnless(gguf, "the gguf package is not installed")
 class Gguf(Case):
-    NAMES = {ours: theirs for theirs, ours in {**gguf_file.GGUF_LAYER, **gguf_file.GGUF_OTHER}.items()}
+    NAMES: ClassVar = {ours: theirs for theirs, ours in {**gguf_file.GGUF_LAYER, **gguf_file.GGUF_OTHER}.items()}
 
     def write_gguf(self, metadata=None, tensors=None, kind=None, pre="llama-bpe", seed=5, extra=None):
-        """The GGUF file that llama.cpp's converter would make of the checkpoint `write` makes."""
+        """The GGUF file that llama.cpp's converter would make from the checkpoint of `write`."""
         self.checkpoint = self.folder / "model.gguf"
         config = random_models.base_config(dict(SMALL, rope_scaling=None))
         tensors = tensors or random_models.random_tensors(config, seed)
@@ -1275,8 +1277,8 @@ class Gguf(Case):
         self.refuse("blk.0.attn_q.bias")
 
     def fields(self):
-        """(where, struct's letters) of every number in the header of the file, but only one in ten of the lengths of
-        tokens and merges."""
+        """(offset, struct's letters) of the numbers in the header of the file. Of the lengths of tokens and merges,
+        only one in ten."""
         found = []
 
         class Recorder(gguf_file.Gguf):
@@ -1307,7 +1309,7 @@ class Gguf(Case):
                 new = wrong * size
                 if letters == "f" and wrong == b"\x7f":
                     new = struct.pack("<f", np.nan)
-                elif wrong == b"\x7f":  # large, and not so large that it must be seen at once
+                elif wrong == b"\x7f":  # large, but not absurdly large
                     new = b"\xff\xff\xff\x0f\0\0\0\0"[:size].ljust(size, b"\0")
                 self.checkpoint.write_bytes(whole[:at] + new + whole[at + size :])
                 with self.subTest(at=at, letters=letters, new=new):
@@ -1317,7 +1319,7 @@ class Gguf(Case):
     def test_tensors(self):
         self.write_gguf()
         whole = self.checkpoint.read_bytes()
-        fields = self.fields()[-4 * 21 :]  # of each of 21 tensors: its name's length, rank, shape, then type and offset
+        fields = self.fields()[-4 * 21 :]  # 21 tensors; each has its name's length, rank, shape, type and offset
         for (at, _), new, word in (
             (fields[1], (0,), "0 dimensions"),
             (fields[1], (5,), "5 dimensions"),
@@ -1373,7 +1375,7 @@ class Gguf(Case):
                 self.refuse(word)
         self.checkpoint.write_bytes(b"GGUF" + 100 * b"\0")
         self.refuse("version 0")
-        with open(self.checkpoint, "wb") as sparse:  # an endless text, of nothing
+        with open(self.checkpoint, "wb") as sparse:  # a text of 1 TB of zeros
             sparse.write(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1 << 39))
             sparse.truncate(1 << 40)
         self.refuse("longer than 64 MB")

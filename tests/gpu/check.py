@@ -1,20 +1,22 @@
-"""What only a GPU can show, in one command: `make gpu-check`. Builds, runs, and writes docs/gpu/check.{json,md}.
+"""The checks that need a GPU, in one command: `make gpu-check` builds, runs them, and writes docs/gpu/check.{json,md}.
 
     check.py [--out FOLDER] [--only STEP,...] [--seed N] [--device cpu]
 
-SPEED: the program (default ./speed), TESTS: tests/test_gpu.cpp built by nvcc (default build-gpu/tests), SPEED_MODEL:
-the exported SmolLM2. Needs an NVIDIA GPU; the comparison with Hugging Face also torch and transformers, the memory
-checks compute-sanitizer. What a machine cannot do is skipped, and the report says so. A step that fails makes the exit
-status 1, and the others still run. Under eight minutes. --device cpu tries the script itself where there is no GPU.
+Environment: SPEED is the program (default ./speed), TESTS is tests/test_gpu.cpp built by nvcc (default
+build-gpu/tests), SPEED_MODEL is the exported SmolLM2. Needs an NVIDIA GPU. The comparison with Hugging Face also needs
+torch and transformers; the memory checks need compute-sanitizer. A step that the machine cannot do is skipped, and the
+report says so. If a step fails, the others still run, and the exit status is 1. Takes less than eight minutes.
+--device cpu tests this script on a machine without a GPU.
 
 Steps
-  kernels    every kernel against cpu.h on fresh random inputs, outputs poisoned; whole models and laws (test_gpu.cpp)
-  repeat     the same logits and the same text twice, bit for bit
-  laws       K = L, and all caches kept, equal full depth bit for bit through the program
-  hf         logits beside Hugging Face in fp32 on this GPU, under every policy. Hugging Face in bf16 stands in the same
-             distance to it: Kullback-Leibler divergence and how often the likeliest token is another one. Ours must not
-             be larger. (Counts of other tokens are compared within two of their standard deviations.)
-  sanitizer  memcheck, racecheck, synccheck, initcheck over the kernels, the small model and one with heads of 128
+  kernels    every kernel against cpu.h, on new random inputs and into outputs filled with NaN; whole models and laws
+             (test_gpu.cpp)
+  repeat     two runs give the same logits and the same text, bit for bit
+  laws       K = L, and share with all caches kept, equal full depth bit for bit
+  hf         logits under every policy, compared with Hugging Face in fp32 on this GPU: the KL divergence, and how many
+             rows have another most likely token. Neither may be larger than Hugging Face's own in bf16. (Two standard
+             deviations are allowed for the number of rows.)
+  sanitizer  memcheck, racecheck, synccheck and initcheck on the kernels, the small model and one with heads of 128
 """
 
 import argparse
@@ -35,12 +37,12 @@ from places import ROOT, SMOLLM2, SPEED
 TESTS = os.environ.get("TESTS", str(ROOT / "build-gpu" / "tests"))
 SMALL = ROOT / "models" / "small.safetensors"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-MINUTES = 8  # for all steps together; the memory checks, which come last and take longest, get what is left
+MINUTES = 8  # for all steps together; the memory checks are last and slowest, and use the time that remains
 STEPS = ("kernels", "repeat", "laws", "hf", "sanitizer")
 QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is resane. What is Feta?"
 
-# Heads of 128, four queries to a key as in Llama-3.1-8B, in a model that takes a second to make; one with SwiftKV and
-# heads of 64; and two layers of Llama-3.1-8B's own shape.
+# Three shapes. A small model with heads of 128, and four query heads for each KV head as in Llama-3.1-8B. One with
+# SwiftKV and heads of 64. Two layers of Llama-3.1-8B.
 HEAD128 = dict(
     hidden_size=512,
     num_hidden_layers=4,
@@ -79,7 +81,7 @@ LLAMA = dict(
 
 
 class Skip(Exception):
-    """The machine cannot do this; the text says why."""
+    """The machine cannot do this step. The text says why."""
 
 
 class Failed(Exception):
@@ -87,7 +89,7 @@ class Failed(Exception):
 
 
 def run(*command, timeout=240, **more):
-    """stdout and stderr together of a command, and its exit status."""
+    """Standard output and error of a command, in one text, and its exit status."""
     try:
         done = subprocess.run(
             [str(c) for c in command],
@@ -100,7 +102,7 @@ def run(*command, timeout=240, **more):
             **more,
         )
     except subprocess.TimeoutExpired:
-        raise Failed(f"{' '.join(map(str, command))[:120]}: no end after {timeout:.0f} s")
+        raise Failed(f"{' '.join(map(str, command))[:120]}: still running after {timeout:.0f} s") from None
     return done.stdout, done.returncode
 
 
@@ -158,7 +160,7 @@ def config_of(model):
 
 
 def tokens_of(model, count, seed):
-    """BoS and a text: the project's own for a tokenizer of real words, else random ids."""
+    """BoS and `count` - 1 more ids: README.md if the tokenizer has real words, else random ids."""
     import numpy as np
 
     config = config_of(model)
@@ -214,8 +216,8 @@ def laws(report, args, work):
 
 
 def divergence(ours, reference):
-    """Mean Kullback-Leibler divergence in nats from the reference's distribution, and the rows with another top token;
-    infinite if anything is not finite."""
+    """Mean KL divergence from the reference's distribution in nats, and the number of rows with another most likely
+    token. Infinite, and all rows, if anything is not finite."""
     import numpy as np
 
     if ours.shape != reference.shape or not np.isfinite(ours).all():
@@ -235,7 +237,7 @@ def hf(report, args, work):
 
         import reference
     except ImportError as error:
-        raise Skip(f"{error}: run this with the virtual environment that `make test-hf` makes")
+        raise Skip(f"{error}: run this with the virtual environment that `make test-hf` makes") from None
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Skip("torch sees no GPU")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -259,7 +261,7 @@ def hf(report, args, work):
             {"policy": "speed", "k": k},
             {"policy": "speed", "k": k, "bos": False},
             {"policy": "pop", "k": k},
-            {"policy": "share", "keep": [l for l in range(layers) if l < k or (l - k) % 2]},
+            {"policy": "share", "keep": [i for i in range(layers) if i < k or (i - k) % 2]},
         ]
         if config_of(model)["swiftkv"]:
             policies.append({"policy": "swiftkv", "k": config_of(model)["swiftkv"]["num_key_value_layers"]})
@@ -267,7 +269,7 @@ def hf(report, args, work):
             references(torch, reference, args, model, tokens, split, policies, dtype)
             for dtype in (torch.float32, torch.bfloat16)
         )
-        for policy, right, other in zip(policies, exact, theirs):
+        for policy, right, other in zip(policies, exact, theirs, strict=True):
             ours = logits(args, model, tokens, split, **policy)
             (kl, flips), (hf_kl, hf_flips) = divergence(ours, right), divergence(other, right)
             case = {
@@ -296,7 +298,7 @@ def references(torch, reference, args, model, tokens, split, policies, dtype):
         rotary = net.model.rotary_emb
         frequencies = rotary.inv_freq.clone()
         net = net.to(args.device, dtype)
-        rotary.inv_freq = frequencies.to(args.device)  # fp32 in any bf16 model that transformers loads by itself
+        rotary.inv_freq = frequencies.to(args.device)  # transformers keeps them in fp32 in a bf16 model too
         loaded = reference.Loaded(net, {name: x.to(args.device, dtype) for name, x in swiftkv.items()}, config)
         return [reference.logits(loaded, tokens, split, **p) for p in policies]
 
@@ -336,7 +338,7 @@ def sanitizer(report, args, work):
                 report["tools"][f"{name} {target}"] = f"skipped: {error}"
                 continue
             summary = [line for line in out.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-            if not summary:  # it never got to watch the program
+            if not summary:  # the tool did not start the program
                 last = out.strip().splitlines()[-1:] or ["no output"]
                 report["tools"][f"{name} {target}"] = (
                     f"skipped: the tool refuses this machine: {last[0].strip()[-160:]}"

@@ -1,8 +1,10 @@
-"""Writes tests/golden: tiny random models as exported files, and Hugging Face's logits for every policy, so that the
+"""Writes tests/golden: tiny random models as exported files, and Hugging Face's logits for every policy. With them the
 C++ tests compare with Hugging Face without Python. `make_golden.py [FOLDER]`; the same seeds give the same files.
 
-cases.json: {model, tokens, split, policy, k, bos, keep, group, file} a case; file: float32 [N - split, vocab].
-greedy.json: {model, tokens, split, policy, k, bos, keep, group, new}; new: the ids Hugging Face adds greedily.
+cases.json: one {model, tokens, split, policy, k, bos, keep, group, file} for each case. `file` holds float32
+[N - split, vocab].
+greedy.json: {model, tokens, split, policy, k, bos, keep, group, new}. `new` holds the ids of Hugging Face's greedy
+decoding.
 """
 
 import json
@@ -18,7 +20,7 @@ import reference
 
 
 def policies(config):
-    """Every policy the model can run, as keyword arguments of reference.logits."""
+    """Every policy that the model can run, as keyword arguments of reference.logits."""
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
     yield {"policy": "full"}
     for k in range(1, layers):
@@ -60,14 +62,14 @@ def main(folder):
         rng = np.random.default_rng(seed)
         text = [random_models.BOS, *(int(i) for i in rng.integers(0, random_models.BOS, 99))]
         for i, policy in enumerate(policies(loaded.config)):
-            # lengths to both sides of the scaled model's original 32; tails of 1 to 3
+            # Lengths below and above the scaled model's original length of 32, and 1 to 3 decode-phase tokens.
             n, tail = ((40, 3), (12, 2), (100, 1))[i % 3]
             file = f"{name}-{i:02}.npy"
             np.save(folder / file, reference.logits(loaded, text[:n], n - tail, **policy))
             cases.append({**described(name, loaded.config, text[:n], n - tail, policy), "file": file})
             if i % 4 == 0:
                 new, lead = reference.greedy(loaded, text[:10], 9, 8, **policy)
-                assert lead > 1e-4, "a near tie: rounding could decide it; take another seed"
+                assert lead > 1e-4, "the two best tokens are so close that rounding could decide; take another seed"
                 greedy.append({**described(name, loaded.config, text[:10], 9, policy), "new": new})
     for file, rows in (("cases.json", cases), ("greedy.json", greedy)):
         (folder / file).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

@@ -1,4 +1,5 @@
-"""Where things are. SPEED: the program; SPEED_CACHE: the cache folder of ./run.sh; SPEED_MODEL: SmolLM2 as it left it."""
+"""Paths. Three environment variables change them. SPEED: the program. SPEED_CACHE: the cache folder of ./run.sh.
+SPEED_MODEL: the exported SmolLM2 that ./run.sh puts there."""
 
 import os
 from pathlib import Path

