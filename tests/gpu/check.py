@@ -307,23 +307,11 @@ def sanitizer(report, args, work):
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         raise Skip("compute-sanitizer is not installed (NVIDIA's package cuda-sanitizer)")
+    flags = ["--device", args.device, "-p", QUESTION, "-n", 8]
     targets = {
         "kernels": [TESTS, "[gpu]~[model]"],
-        "small": [SPEED, "generate", "-m", SMALL, "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 5],
-        "head128": [
-            SPEED,
-            "generate",
-            "-m",
-            work["head128"],
-            "--device",
-            args.device,
-            "-p",
-            QUESTION,
-            "-n",
-            8,
-            "--k",
-            2,
-        ],
+        "small": [SPEED, "generate", "-m", SMALL, *flags, "--k", 5],
+        "head128": [SPEED, "generate", "-m", work["head128"], *flags, "--k", 2],
     }
     report["tools"], bad = {}, []
     for name in TOOLS:
@@ -396,7 +384,7 @@ def markdown(record):
         lines += [
             "",
             "Distance from Hugging Face in fp32 on the same GPU: mean KL divergence in nats, and rows whose "
-            "likeliest token is another one.",
+            "most likely token differs.",
             "",
             "| model | policy | rows | KL | KL, HF bf16 | other token | HF bf16 |",
             "|---|---|---|---|---|---|---|",

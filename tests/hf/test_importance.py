@@ -132,7 +132,7 @@ def planted():
         self.residual = [torch.zeros_like(self.residual[0]), *self.residual[1:]]
         return right(self, labels, sets)
 
-    def likeliest(logits, generator):
+    def most_likely(logits, generator):
         return logits.argmax(-1)
 
     def hotter(logits, generator, right=importance.draw_labels):
@@ -157,7 +157,7 @@ def planted():
         check_gradients,
     )
     yield "first answer row counted as header", patch("row_sets", answer_row_as_header), check_zeros
-    yield "likeliest labels", patch("draw_labels", likeliest), check_fisher
+    yield "most likely labels", patch("draw_labels", most_likely), check_fisher
     yield "labels at temperature 1.1", patch("draw_labels", hotter), check_fisher
     yield "K off by one", patch("pop", one_layer_up), check_pop
     yield "boundary row skipped", patch("pop", last_prompt_row_too), check_pop
