@@ -171,7 +171,7 @@ def read_tokenizer(folder):
             raise unsupported(f"the decoder {component_name(decoder)}", path)
     for processor in sequence(data.get("post_processor"), "processors"):
         kind = component_name(processor)
-        # The engine puts BoS in front by itself. It can add nothing else around a text.
+        # The engine puts BoS in front by itself, and adds nothing else to a text.
         pieces = [next(iter(p)) for p in processor["single"]] if kind == "'TemplateProcessing'" else None
         if kind != "'ByteLevel'" and pieces not in (["SpecialToken", "Sequence"], ["Sequence"]):
             raise unsupported(f"the post-processor {kind} (only one BoS in front is possible)", path)

@@ -131,21 +131,8 @@ def logits(args, model, tokens, split, **policy):
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch) / "ids.txt", Path(scratch) / "out.npy"
         ids.write_text(" ".join(map(str, tokens)))
-        need(
-            SPEED,
-            "logits",
-            "-m",
-            model,
-            "--device",
-            args.device,
-            "--tokens-file",
-            ids,
-            "--split",
-            split,
-            "--out",
-            out,
-            *flags(**policy),
-        )
+        command = [SPEED, "logits", "-m", model, "--device", args.device, "--tokens-file", ids, "--split", split]
+        need(*command, "--out", out, *flags(**policy))
         return np.load(out)
 
 
