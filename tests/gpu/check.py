@@ -9,7 +9,7 @@ report says so. If a step fails, the others still run, and the exit status is 1.
 --device cpu tests this script on a machine without a GPU.
 
 Steps
-  kernels    every kernel against cpu/reference.h, on new random inputs and into outputs filled with NaN; whole models and laws
+  kernels    every kernel against cpu/reference.h, on new random inputs, outputs filled with NaN; whole models and laws
              (test_gpu.cpp)
   repeat     two runs give the same logits and the same text, bit for bit
   laws       K = L, and share with all caches kept, equal full depth bit for bit
