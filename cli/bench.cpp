@@ -264,7 +264,7 @@ int bench(const Options& o, json& record, Model& model, B& backend) {
   const Config& c = model.config;
   std::vector<BenchTest> tests;
   const auto prompts = read_numbers(o.prompts, "-p"), depths = read_numbers(o.depths, "--depth");
-  for (const Policy& p : bench_policies(o, c, o.shape.empty())) {
+  for (const Policy& p : bench_policies(o, model)) {
     for (int n : prompts) {
       if (n == 0) throw Error(2, "-p 0", "a prompt has one token or more", "give lengths from 1, or -p '' for none");
       tests.push_back({.policy = p, .prompt = size_t(n)});
