@@ -8,7 +8,7 @@
 # make fuzz         hostile model files, texts and templates, made up by libFuzzer (ten minutes)
 # make sanitize     the tests again under AddressSanitizer and UBSan
 # make sanitize-threads   the operations and a whole model under ThreadSanitizer
-# make format       formats C++ and Python; make check-format only says what it would change
+# make format       formats C++ and Python (clang-format 14, ruff); make check-format only says what it would change
 # make clean        removes what was built
 # make help         prints this
 
@@ -166,14 +166,16 @@ gpu-bench: speed
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
+CLANG_FORMAT ?= clang-format
+RUFF ?= ruff
 CXX_FILES = git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' ':!text/unicode.h'
 format:
-	$(CXX_FILES) | xargs clang-format -i
-	ruff check --fix -q && ruff format -q
+	$(CXX_FILES) | xargs $(CLANG_FORMAT) -i
+	$(RUFF) check --fix -q && $(RUFF) format -q
 
 check-format:
-	$(CXX_FILES) | xargs clang-format --dry-run -Werror
-	ruff check && ruff format --check
+	$(CXX_FILES) | xargs $(CLANG_FORMAT) --dry-run -Werror
+	$(RUFF) check && $(RUFF) format --check
 
 clean:
 	rm -rf speed speed-cuda build build-gpu build-sanitize build-threads

@@ -7,6 +7,7 @@
 #   ./run.sh test         build and pass all tests
 #   ./run.sh fuzz         ten minutes of hostile files, texts and templates, made up by libFuzzer
 #   ./run.sh sanitize-threads   the threads under ThreadSanitizer
+#   ./run.sh check-format       whether clang-format and ruff would change anything
 #
 # Downloads and the exported model are kept in $SPEED_CACHE (default: ~/.cache/speed), outside this folder.
 set -euo pipefail
@@ -80,6 +81,16 @@ if [ "${1:-}" = fuzz ] || [ "${1:-}" = sanitize-threads ]; then
   build_tools
   install "for make $1" clang libclang-rt-dev libomp-dev catch2
   exec make --no-print-directory "$1"
+fi
+
+if [ "${1:-}" = check-format ]; then
+  install "for make check-format" make git clang-format-14 python3 python3-pip python3-venv
+  ruff=$cache/ruff-$(sha256sum tests/ruff.txt | cut -c1-16)
+  [ -x "$ruff/bin/ruff" ] || {
+    python3 -m venv "$ruff"
+    "$ruff/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r tests/ruff.txt
+  }
+  exec make --no-print-directory check-format CLANG_FORMAT=clang-format-14 RUFF="$ruff/bin/ruff"
 fi
 
 build_tools
