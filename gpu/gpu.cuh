@@ -1,4 +1,4 @@
-// gpu.cuh - `Gpu`: the kernels as operations under the names that `Cpu` has, for forward.h.
+// gpu.cuh - `Gpu`: the kernels as operations under the names that `Cpu` has, for speed.cu.
 //
 // Many rows go through cuBLAS and tensor cores. A single row, a generated token, is bound by the reading of weights and
 // cache: its products are matrix-vector kernels that take in what comes after them, and all kernels of a token are one

@@ -1,4 +1,4 @@
-// Every CUDA kernel against its definition in cpu/cpu.h, and whole models through `Gpu` against `Cpu`.
+// Every CUDA kernel against its definition in cpu/reference.h, and whole models through `Gpu` against `Cpu`.
 //
 // g++ compiles this file with the emulator (emulator.h), and `make test` runs it on a CPU; nvcc compiles the same text,
 // and `make gpu-check` runs it on a GPU. The emulator shows wrong arithmetic, layouts, bounds, barriers and waits. It
