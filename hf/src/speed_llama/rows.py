@@ -79,12 +79,12 @@ class Segments:
 def make_mask(query_slot: Tensor, valid: Tensor | None, slots: int, dtype: torch.dtype, boolean: bool,
               tree: Tensor | None = None) -> Tensor | None:  # fmt: skip
     """[B, 1, R, S], what each query sees: every valid slot up to its own. True or 0 where it sees, False or the dtype's
-    lowest number where not; None if that is plain causal order, or all slots for one query.
+    lowest number where not; None if one query sees all slots, or that is the causal order which sdpa knows itself.
 
     query_slot [B, R]: the slot of each query's own token. valid [B, S]: slots that hold a token; None: all of them.
     tree [B, R, S]: a further restriction. A query always sees its own slot, so padding gives no row without any."""
     rows = query_slot.shape[1]
-    if valid is None and tree is None and (rows == slots or rows == 1):
+    if valid is None and tree is None and (rows == 1 or (rows == slots and boolean)):
         return None
     slot = torch.arange(slots, device=query_slot.device)
     visible = slot <= query_slot[..., None]
