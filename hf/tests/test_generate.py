@@ -25,12 +25,12 @@ def batch(side: str, seed=0, lengths=LENGTHS):
 
 
 def greedy_alone(model, tokens, start, count):
-    """Token by token without a cache or padding."""
-    tokens = list(tokens)
+    """Token by token without a cache or padding, never an end of text, as `generated` has it."""
+    tokens, ends = list(tokens), model.generation_config.eos_token_id
     for _ in range(count):
         with torch.no_grad():
             out = model(torch.tensor([tokens]), decode_start=[start], use_cache=False)
-        tokens.append(int(out.logits[0, -1].argmax()))
+        tokens.append(int(out.logits[0, -1].index_fill(0, torch.tensor(ends), -torch.inf).argmax()))
     return tokens[-count:]
 
 
@@ -158,7 +158,9 @@ def test_beams_and_samples(wide, policy):
     model = wide.under(**policy)
     ids, mask, _ = batch("left")
     settings = {"num_beams": 3, "num_return_sequences": 2, "decode_start": torch.tensor(STARTS)}
-    assert torch.equal(generated(model, ids, mask, **settings), generated(model, ids, mask, use_cache=False, **settings))
+    assert torch.equal(
+        generated(model, ids, mask, **settings), generated(model, ids, mask, use_cache=False, **settings)
+    )
     results = []
     for use_cache in (True, False):
         torch.manual_seed(5)
@@ -233,7 +235,9 @@ def test_smollm2_writes_the_engines_text(smollm2):
                                                padding_side="left", return_dict=True)  # fmt: skip
         out = model.generate(**inputs, max_new_tokens=32, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         for question, ids in zip(questions, out, strict=True):
-            expected = run_engine("generate", "-m", smollm2, "--chat", "-p", question, "-n", 32, *engine_flags(**policy))
+            expected = run_engine(
+                "generate", "-m", smollm2, "--chat", "-p", question, "-n", 32, *engine_flags(**policy)
+            )
             got = tokenizer.decode(ids, skip_special_tokens=True)
             assert got.strip() == expected.decode().strip(), (question, policy)
     assert np.isfinite(model(inputs["input_ids"]).logits.detach().numpy()).all()

@@ -73,7 +73,7 @@ class SpeedLlamaAttention(LlamaAttention):
         suffix = "_swiftkv" if swiftkv else ""
 
         def project(p: str, x: Tensor) -> Tensor:
-            return getattr(self, f"{p}_proj{suffix}")(x).view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            return getattr(self, f"{p}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         if kv_states is not None:
             keys, values = rotate(project("k", kv_states), rope_kv), project("v", kv_states)
@@ -164,7 +164,7 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
         batch, length = x.shape[:2]
         config, schedule = self.config, self.config.schedule()
         if use_cache is None:
-            use_cache = config.use_cache and not self.training
+            use_cache = config.use_cache and not self.training and decode_rows is None
         if use_cache and past_key_values is None:
             past_key_values = PolicyCache()
         if past_key_values is not None and not isinstance(past_key_values, PolicyCache):
