@@ -71,10 +71,8 @@ def test_published_swiftkv_names(random_model, tmp_path):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes((model.folder / "model.safetensors").read_bytes())
         (folder / "config.json").write_text(json.dumps(config))
-        if name.endswith("bare"):  # nothing in such a config says that the ordinary projections are gone
-            with pytest.raises(ValueError, match="swiftkv_only"):
-                SpeedLlamaForCausalLM.from_pretrained(folder)
-        loaded = SpeedLlamaForCausalLM.from_pretrained(folder, swiftkv_only=name.endswith("bare"))
+        loaded = SpeedLlamaForCausalLM.from_pretrained(folder)
+        assert loaded.config.swiftkv_only == name.endswith("bare")
         assert (loaded.config.policy, loaded.config.num_key_value_layers, loaded.config.swiftkv_layers) == ("swiftkv", 1, 1)
         with torch.no_grad():
             got = loaded(ids(), decode_start=20).logits[0, 20:]
@@ -151,7 +149,7 @@ def test_tokenizer(smollm2, tmp_path):
     """SmolLM2's ids and chats are the engine's, which are Hugging Face's on every code point (tests/hf/test_tokenizer.py)."""
     tokenizer = read_tokenizer(smollm2)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    texts = ["Hello  world\n\n\t1234 12.5", "Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", "<|im_start|>user\nx<|im_end|>",
+    texts = ["Hello  world\n\n\t1234 12.5", "Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", 
              " I'll've don't\r\n", "def f(x):\n\treturn x  # x\r\n"]  # fmt: skip
     for text in texts:
         got = tokenizer(text)["input_ids"]

@@ -21,7 +21,7 @@ def torchrun(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["wide", "swiftkv1"])
+@pytest.mark.parametrize("name", ["wide", pytest.param("swiftkv1", marks=pytest.mark.slow)])
 def test_tensor_parallel(random_model, tmp_path, name):
     """transformers' plan splits heads and MLP over two processes. `wide` has 4 query heads on 2 KV heads, swiftkv1 6 on 2."""
     model = random_model(name)
@@ -44,7 +44,7 @@ def test_tensor_parallel(random_model, tmp_path, name):
                                                do_sample=False, pad_token_id=3))  # fmt: skip
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_prefill_and_decode_in_two_processes(wide, k):
     """The example: the decode node's text is the text of one process."""
     tokens = random_tokens(3, 30)

@@ -43,6 +43,15 @@ def read_exported(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor
     return values, tensors, divisors
 
 
+def lacks_ordinary(folder: Path, layer: int) -> bool:
+    """Whether a SwiftKV folder's weights leave out the ordinary projections of an upper layer. No config says so."""
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return bool(names) and f"model.layers.{layer}.self_attn.q_proj.weight" not in names
+
+
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The exported file's tokenizer, chat template included. Like Hugging Face's own of SmolLM2 it puts no BoS in front."""
     with safe_open(path, "np") as file:

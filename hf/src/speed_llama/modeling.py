@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import (
 
 from .cache import PolicyCache
 from .configuration import FIELDS, SpeedLlamaConfig
-from .exported import read_exported
+from .exported import lacks_ordinary, read_exported
 from .rows import Rows, Segments, make_mask, take_rows
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, each [B, rows, head size]
@@ -315,6 +315,11 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
         fields are keyword arguments: policy="speed", num_key_value_layers=24."""
         path = Path(str(pretrained_model_name_or_path))
         if path.suffix != ".safetensors" or not path.is_file():
+            if path.is_dir() and "config" not in kwargs:
+                values, _ = SpeedLlamaConfig.get_config_dict(path)
+                k = SpeedLlamaConfig.from_dict(values).swiftkv_layers
+                if k is not None:
+                    kwargs.setdefault("swiftkv_only", lacks_ordinary(path, k))
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         values, tensors, divisors = read_exported(path)
         fields = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
