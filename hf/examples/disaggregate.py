@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 disaggregate.py --model FOLDER --k 24 --prompt "Who wrote Hamlet?"
 
-Rank 0 is the prefill node. It holds the embedding and the lowest K layers, and is an unmodified transformers LlamaModel: a
-prompt token does nothing above layer K-1, so such a node needs no code of this package. It sends the K layers' keys and
-values. Rank 1, the decode node, holds all layers, makes the anchor's slot in the upper ones itself (it depends on the BoS
-alone), runs the tail of the prompt and answers. FOLDER is a Hugging Face folder of a Llama with a chat template, or with
---tokens instead of --prompt any.
+Rank 0 is the prefill node. It holds the embedding and the lowest K layers, and is an unmodified transformers
+LlamaModel: a prompt token does nothing above layer K-1, so such a node needs no code of this package. It sends the K
+layers' keys and values. Rank 1, the decode node, holds all layers, makes the anchor's slot in the upper ones itself
+(it depends on the BoS alone), runs the tail of the prompt and answers. FOLDER is a Hugging Face folder of a Llama
+with a chat template, or with --tokens instead of --prompt any.
 """
 
 import argparse

@@ -24,16 +24,17 @@ SPEED = os.environ.get("SPEED", str(ROOT / "speed"))
 CACHE = Path(os.environ.get("SPEED_CACHE") or Path.home() / ".cache" / "speed")
 SMOLLM2 = Path(os.environ.get("SPEED_MODEL", CACHE / "smollm2-135m-instruct.safetensors"))
 
-# fp32 rounds by 2^-24 = 6e-8. A row of logits is a sum over some hundred products behind tens of such sums, which add up
-# like a random walk: sqrt(5000) * 6e-8 = 4e-6 is what healthy runs show, and five times that is allowed. The smallest
-# planted fault moves a row by more than 1e-3.
+# fp32 rounds by 2^-24 = 6e-8. A row of logits is a sum over some hundred products behind tens of such sums, which
+# add up like a random walk: sqrt(5000) * 6e-8 = 4e-6 is what healthy runs show, and five times that is allowed. The
+# smallest planted fault moves a row by more than 1e-3.
 TOLERANCE = 2e-5
 
 torch.set_num_threads(1)
 
 
 def difference(got, expected) -> float:
-    """Largest relative difference of a row, in the last dimension; infinite if shapes differ or a number is not finite."""
+    """Largest relative difference of a row, in the last dimension; infinite if shapes differ or a number is not
+    finite."""
     got, expected = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, np.float64) for x in (got, expected))
     if got.shape != expected.shape or got.size == 0 or not (np.isfinite(got).all() and np.isfinite(expected).all()):
         return float("inf")

@@ -1,4 +1,5 @@
-"""One process of test_parallel.py's torchrun: the folder's model split over the group, its logits and text into a file."""
+"""One process of test_parallel.py's torchrun: the folder's model split over the group, its logits and text into a
+file."""
 
 import json
 import sys

@@ -37,9 +37,12 @@ metric_list: [{{metric: exact_match}}]
 def tasks(tmp_path_factory):
     """Two tasks on a local JSON file."""
     folder = tmp_path_factory.mktemp("tasks")
-    words = "the sand and the band of another hand on the inner land in an oranger hat".split()
-    documents = [{"text": " ".join(words[i % 5 : i % 5 + 4 + i % 9]), "choices": [" the sand", " in", " another band on"],
-                  "target": i % 3, "answer": "the"} for i in range(20)]  # fmt: skip
+    text, choices = (
+        "the sand and the band of another hand on the inner land in an oranger",
+        [" the sand", " in", " band on"],
+    )
+    documents = [{"text": text[3 * i : 20 + 5 * i], "choices": choices, "target": i % 3, "answer": "the"}
+                 for i in range(12)]  # fmt: skip
     data = folder / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, documents)))
     for name, text in YAML.items():
@@ -78,7 +81,8 @@ def test_all_layers_equal_the_stock_model(wide, evaluate):
 
 
 def test_contexts_are_prompts(wide):
-    """Scores under a policy are those of one row alone with its context's split; at full depth those of the stock loop."""
+    """Scores under a policy are those of one row alone with its context's split; at full depth those of the stock
+    loop."""
     from speed_llama.evaluation import SpeedLM
 
     tokenizer = AutoTokenizer.from_pretrained(wide.folder)

@@ -20,8 +20,8 @@ def ids():
 
 @pytest.mark.parametrize("name", random_models.SPECS)
 def test_round_trip(random_model, tmp_path, name):
-    """Folder -> this package -> folder -> exporter gives the exporter's file of the first folder, bit for bit; so does the
-    exported file on the same way, tokenizer and all."""
+    """Folder -> this package -> folder -> exporter gives the exporter's file of the first folder, bit for bit; so
+    does the exported file on the same way, tokenizer and all."""
     model = random_model(name)
     published = tmp_path / "published" / name
     published.parent.mkdir()
@@ -73,7 +73,11 @@ def test_published_swiftkv_names(random_model, tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
         loaded = SpeedLlamaForCausalLM.from_pretrained(folder)
         assert loaded.config.swiftkv_only == name.endswith("bare")
-        assert (loaded.config.policy, loaded.config.num_key_value_layers, loaded.config.swiftkv_layers) == ("swiftkv", 1, 1)
+        assert (loaded.config.policy, loaded.config.num_key_value_layers, loaded.config.swiftkv_layers) == (
+            "swiftkv",
+            1,
+            1,
+        )
         with torch.no_grad():
             got = loaded(ids(), decode_start=20).logits[0, 20:]
         assert difference(got, model.logits(ids()[0].tolist(), 20, policy="swiftkv", k=1)) <= TOLERANCE
@@ -146,7 +150,8 @@ def test_rope_divisors(wide, tmp_path):
 
 
 def test_tokenizer(smollm2, tmp_path):
-    """SmolLM2's ids and chats are the engine's, which are Hugging Face's on every code point (tests/hf/test_tokenizer.py)."""
+    """SmolLM2's ids and chats are the engine's, which are Hugging Face's on every code point
+    (tests/hf/test_tokenizer.py)."""
     tokenizer = read_tokenizer(smollm2)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     texts = ["Hello  world\n\n\t1234 12.5", "Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", 
@@ -158,7 +163,9 @@ def test_tokenizer(smollm2, tmp_path):
         assert tokenizer.decode(got) == text
     chat = [{"role": "user", "content": "Hi."}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert rendered.startswith("<|im_start|>system\n") and rendered.endswith("user\nHi.<|im_end|>\n<|im_start|>assistant\n")
+    assert rendered.startswith("<|im_start|>system\n") and rendered.endswith(
+        "user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+    )
     config = SpeedLlamaConfig()
     config.use_chat_template_of(tokenizer)
     assert config.decode_marker == tokenizer("<|im_start|>assistant\n")["input_ids"]

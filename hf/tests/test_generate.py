@@ -78,7 +78,8 @@ def test_batch_comparison_sees_faults(wide, policy, fault):
 
 
 def test_marker_splits_each_row(wide):
-    """The last marker of each row begins the answer; a row without one ends in its last token; pop takes the last token."""
+    """The last marker of each row begins the answer; a row without one ends in its last token; pop takes the last
+    token."""
     model = wide.under(policy="speed", k=3)
     ids, mask, sequences = batch("left")
     marker = [7, 8]
@@ -110,8 +111,8 @@ def test_chunks(wide, policy):
 
 @pytest.mark.parametrize("policy", CASES, ids=str)
 def test_two_turns_with_one_cache(wide, policy):
-    """The second turn on the first one's cache is the conversation afresh. Under pop it is not: its answers were computed at
-    full depth and stay (the paper leaves it open)."""
+    """The second turn on the first one's cache is the conversation afresh. Under pop it is not: its answers were
+    computed at full depth and stay (the paper leaves it open)."""
     model, cache = wide.under(**policy), PolicyCache()
     ids, mask, _ = batch("left")
     first = generated(model, ids, mask, past_key_values=cache, decode_start=list(STARTS))
@@ -171,8 +172,8 @@ def test_beams_and_samples(wide, policy):
 
 @pytest.mark.parametrize("policy", CASES, ids=str)
 def test_assistants(wide, policy):
-    """Assisted generation gives the target's own greedy text: guesses from the prompt, from a stock model, and from the same
-    weights under another policy. Wrong guesses are cropped off the cache."""
+    """Assisted generation gives the target's own greedy text: guesses from the prompt, from a stock model, and from
+    the same weights under another policy. Wrong guesses are cropped off the cache."""
     model = wide.under(**policy)
     ids = torch.tensor([random_tokens(0, 20) * 2])
     alone = generated(model, ids, None, decode_start=[35])

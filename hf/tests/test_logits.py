@@ -15,9 +15,9 @@ from conftest import (
 
 from speed_llama import SpeedLlamaForCausalLM, read_tokenizer
 
-# Where a policy wrecks a model that was not adapted to it, rounding errors grow, in any program. Then float64 says who is
-# right: ours may be so many times as far from it as Hugging Face's own fp32 with masks comes, the worst of a few runs
-# whose rounding was disturbed.
+# Where a policy wrecks a model that was not adapted to it, rounding errors grow, in any program. Then float64 says
+# who is right: ours may be so many times as far from it as Hugging Face's own fp32 with masks comes, the worst of a
+# few runs whose rounding was disturbed.
 UNSTABLE, RUNS = 5, 4
 
 

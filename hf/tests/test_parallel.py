@@ -15,7 +15,15 @@ from speed_llama import SpeedLlamaForCausalLM, apply_policy
 
 def torchrun(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "hf" / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *map(str, arguments),
+    ]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=300, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -23,7 +31,8 @@ def torchrun(*arguments):
 
 @pytest.mark.parametrize("name", ["wide", pytest.param("swiftkv1", marks=pytest.mark.slow)])
 def test_tensor_parallel(random_model, tmp_path, name):
-    """transformers' plan splits heads and MLP over two processes. `wide` has 4 query heads on 2 KV heads, swiftkv1 6 on 2."""
+    """transformers' plan splits heads and MLP over two processes. `wide` has 4 query heads on 2 KV heads, swiftkv1 6
+    on 2."""
     model = random_model(name)
     ids, mask, sequences = batch("left")
     chosen = CASES if name == "wide" else [{"policy": "swiftkv", "k": 2}]
@@ -51,7 +60,9 @@ def test_prefill_and_decode_in_two_processes(wide, k):
     out = torchrun(ROOT / "hf" / "examples" / "disaggregate.py", "--model", wide.folder, "--k", k, "-n", 8,
                    "--tokens", ",".join(map(str, tokens)))  # fmt: skip
     model = wide.under(policy="speed", k=k)
-    alone = model.generate(torch.tensor([tokens]), decode_start=[29], max_new_tokens=8, do_sample=False)[0, 30:].tolist()
+    alone = model.generate(torch.tensor([tokens]), decode_start=[29], max_new_tokens=8, do_sample=False)[
+        0, 30:
+    ].tolist()
     assert f"decode node: {alone}" in out
     megabytes = 2 * k * wide.config["num_key_value_heads"] * wide.config["head_dim"] * 29 * 4 / 1e6
     assert f"29 tokens, {k} layers, sent {megabytes:.2f} MB" in out

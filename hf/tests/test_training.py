@@ -1,4 +1,5 @@
-"""The path without a cache: losses and gradients against a model of full depth in which masks hide what is skipped here."""
+"""The path without a cache: losses and gradients against a model of full depth in which masks hide what is skipped
+here."""
 
 import contextlib
 
@@ -10,14 +11,15 @@ from conftest import TOLERANCE, difference, policies, random_tokens
 SPLITS = (30, 22, 35)
 LENGTH = 40
 
-# In float64 a gradient rounds by some 1e-16 a product; a few hundred of them in a row give 1e-14. Angles come as fp32, but
-# the same ones on both sides.
+# In float64 a gradient rounds by some 1e-16 a product; a few hundred of them in a row give 1e-14. Angles come as
+# fp32, but the same ones on both sides.
 TIGHT = 1e-11
 
 
 @contextlib.contextmanager
 def float64(model):
-    """The random model with both implementations in float64. transformers' norm insists on fp32; reference's does not."""
+    """The random model with both implementations in float64. transformers' norm insists on fp32; reference's does
+    not."""
     with reference.double_precision(model.reference) as exact:
         model.model.double()
         try:

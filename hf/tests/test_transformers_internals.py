@@ -1,5 +1,5 @@
-"""What this package leans on in transformers beyond its documented interface, by name. If a newer version fails here, this
-file says what to look at; the version range stands in pyproject.toml."""
+"""What this package leans on in transformers beyond its documented interface, by name. If a newer version fails
+here, this file says what to look at; the version range stands in pyproject.toml."""
 
 import hashlib
 import inspect
@@ -16,7 +16,11 @@ from transformers.models.llama import modeling_llama
 from speed_llama.modeling import rotate
 
 # modeling.py restates these three forward passes with rows split; their text is what it was when that was written.
-RESTATED = {"LlamaAttention": "dc6807936ef6103d", "LlamaDecoderLayer": "75d1d62e173e8c57", "LlamaModel": "47acaf9653882962"}
+RESTATED = {
+    "LlamaAttention": "dc6807936ef6103d",
+    "LlamaDecoderLayer": "75d1d62e173e8c57",
+    "LlamaModel": "47acaf9653882962",
+}
 
 
 def test_version():
@@ -37,8 +41,8 @@ def test_rope_expression():
 
 
 def test_attention_functions():
-    """(module, query, key, value, mask, dropout=, scaling=) -> ([B, rows, heads, size], ...); sdpa without a mask is causal
-    for several queries and sees all for one; a boolean mask is True where it sees, eager's is added."""
+    """(module, query, key, value, mask, dropout=, scaling=) -> ([B, rows, heads, size], ...); sdpa without a mask is
+    causal for several queries and sees all for one; a boolean mask is True where it sees, eager's is added."""
     module = modeling_llama.LlamaAttention(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), 0)
     module.eval()
     assert module.is_causal and module.num_key_value_groups == 2 and module.scaling == 8**-0.5
@@ -72,7 +76,8 @@ def test_gradient_checkpointing_drops_the_cache_by_name_and_keeps_positions():
 
 
 def test_cache_layers():
-    """layers[i].keys and .values, [B, heads, slots, size]; crop takes a negative count; get_seq_length() is layer 0's."""
+    """layers[i].keys and .values, [B, heads, slots, size]; crop takes a negative count; get_seq_length() is layer
+    0's."""
     cache = DynamicCache()
     x = torch.arange(24.0).view(1, 2, 3, 4)
     for i, slots in ((0, 3), (2, 2)):

@@ -19,7 +19,7 @@ class PolicyCache(DynamicCache):
         self.decode_start: Tensor | None = None
         self.short_positions: Tensor | None = None
         self.short_from: int | None = None
-        self.made_under: tuple | None = None
+        self.made_under: str | None = None
 
     @classmethod
     def from_layers(cls, layers: Iterable[Sequence[Tensor]], decode_start: Tensor) -> "PolicyCache":
@@ -31,17 +31,15 @@ class PolicyCache(DynamicCache):
         cache.decode_start = decode_start
         return cache
 
-    def check_policy(self, made_under: tuple, short_from: int) -> None:
+    def check_policy(self, made_under: str, short_from: int) -> None:
         """ValueError if the cache was filled under another policy, K or kept set."""
         if self.made_under not in (None, made_under):
-            raise ValueError(
-                f"the cache was filled under {self.made_under}, the model now has {made_under}; start anew"
-            )
+            raise ValueError(f"the cache was filled under {self.made_under}, the model has {made_under}: start anew")
         self.made_under, self.short_from = made_under, short_from
 
     def begin_turn(self, decode_start: Tensor, keep_answers: bool = False) -> None:
-        """From here on, tokens before decode_start [B] are prompt: answers of earlier turns too, which lose their slots in
-        the upper layers unless keep_answers. ValueError if a cached token would have to become decode-phase."""
+        """From here on, tokens before decode_start [B] are prompt: answers of earlier turns too, which lose their slots
+        in the upper layers unless keep_answers. ValueError if a cached token would have to become decode-phase."""
         before, self.decode_start = self.decode_start, decode_start
         if self.short_positions is None or (before is not None and torch.equal(before.to(decode_start), decode_start)):
             return
@@ -93,8 +91,8 @@ class PolicyCache(DynamicCache):
         super().batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -tokens_to_remove tokens. They must be decode-phase tokens of one unpadded sequence, as those
-        are that assisted generation takes back: only then have they one slot in every layer."""
+        """Removes the last -tokens_to_remove tokens. Under speed they must be decode-phase tokens of an unpadded
+        sequence, which have one slot in every layer; those that assisted generation takes back are."""
         if tokens_to_remove < 0 and self.short_positions is not None:
             removed = self.short_positions[:, tokens_to_remove:]
             if removed.shape[1] < -tokens_to_remove or bool((removed < self.split_of(len(removed))[:, None]).any()):

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from .policy import Schedule, make_schedule
 
-# What the policy adds to config.json, under one key of its own: other programs that read Llama checkpoints pass over it.
+# What the policy adds to config.json, under a key of its own, which other programs that read Llama checkpoints pass
+# over.
 KEY = "speed_policy"
 FIELDS = ("policy", "num_key_value_layers", "anchor", "kept_layers", "keep_answers", "decode_marker")
 
@@ -25,8 +26,9 @@ class SpeedLlamaConfig(LlamaConfig):
     kept_layers: under share, the layers that keep a cache of their own, ascending, 0 among them.
     keep_answers: under speed with one cache for several turns, earlier answers keep their slots in upper layers.
     decode_marker: token ids that open an answer; the tail of a prompt from the last of them on is decode-phase.
-    swiftkv_layers, key_value_group_size, swiftkv_only: the K and the group size that the model's SwiftKV projections were
-    trained for (None: it has none), and whether it lacks the ordinary ones above K.
+    swiftkv_layers, key_value_group_size, swiftkv_only: the K and the group size that the model's SwiftKV projections
+    were trained for (None: it has none), and whether it lacks the ordinary ones above K.
+    has_rope_divisors: the file divided the RoPE frequencies, for which config.json has no place.
     """
 
     model_type = "speed_llama"
@@ -60,12 +62,17 @@ class SpeedLlamaConfig(LlamaConfig):
             not self.swiftkv_only,
         )
 
+    def describe(self) -> str:
+        """The policy in a few words. Two that fill a cache differently differ."""
+        what = f" kept layers {self.kept_layers}" if self.policy == "share" else f" K={self.num_key_value_layers}"
+        return self.policy + what * (self.policy != "full") + " without anchor" * (not self.anchor)
+
     def split_matters(self) -> bool:
         """Whether the logits depend on where the prompt ends. If not, a split only saves work."""
         return self.policy in ("speed", "pop") and self.num_key_value_layers not in (None, self.num_hidden_layers)
 
     def use_chat_template_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Sets decode_marker to the assistant header of the tokenizer's chat template: each row of a batch of chats then
+        """Sets decode_marker to the assistant header of the tokenizer's chat template: each row of a batch of chats
         splits where its last header begins. ValueError if the template adds none."""
         chat = [{"role": "user", "content": "?"}]
         without = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -102,8 +109,8 @@ class SpeedLlamaConfig(LlamaConfig):
         return super().from_dict(values, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Writes config.json as a plain Llama's (or SwiftKV's), with the policy under a key of its own. So whatever reads
-        Llama checkpoints, the engine's exporter too, reads the folder; SpeedLlamaForCausalLM reads the policy as well."""
+        """Writes config.json as a plain Llama's (or SwiftKV's), with the policy under a key of its own. What reads
+        Llama checkpoints, the engine's exporter too, reads the folder; SpeedLlamaForCausalLM also finds the policy."""
         if self.has_rope_divisors:
             raise ValueError("this model came with RoPE frequency divisors, for which config.json has no place")
         super().save_pretrained(save_directory, *args, **kwargs)

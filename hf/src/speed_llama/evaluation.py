@@ -70,9 +70,8 @@ class SpeedLM(HFLM):
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         size = int(self.batch_size)
         for batch in (order[i : i + size] for i in range(0, len(order), size)):
-            contexts = [requests[i][1] for i in batch]
             targets = [torch.tensor(requests[i][2]) for i in batch]
-            inputs = [torch.tensor([*c, *requests[i][2]][-self.max_length - 1 : -1]) for c, i in zip(contexts, batch)]
+            inputs = [torch.tensor([*requests[i][1], *requests[i][2]][-self.max_length - 1 : -1]) for i in batch]
             lengths = torch.tensor([len(x) for x in inputs])
             ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
             column = torch.arange(ids.shape[1])
@@ -90,7 +89,9 @@ class SpeedLM(HFLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         if self.model.config.split_matters():
-            raise NotImplementedError("rolling likelihood has no prompt that a policy could skip: use a task with contexts")
+            raise NotImplementedError(
+                "rolling likelihood has no prompt that a policy could skip: use a task with contexts"
+            )
         return super().loglikelihood_rolling(requests, disable_tqdm)
 
 

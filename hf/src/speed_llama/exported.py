@@ -25,7 +25,7 @@ def read_exported(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor
     """(what SpeedLlamaConfig.from_dict takes, weights in bf16 by name, divisors of the RoPE frequencies or None)."""
     with safe_open(path, "pt") as file:
         config = _metadata(path, file)["config"]
-        tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("tokenizer.")}
+        tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("tokenizer.")}  # noqa: SIM118
     divisors = tensors.pop("rope.freq_divisors", None)
     rope = {"rope_type": "llama3", **config["rope_scaling"]} if config["rope_scaling"] else {"rope_type": "default"}
     values = {name: config[name] for name in SAME_NAME}
@@ -53,7 +53,8 @@ def lacks_ordinary(folder: Path, layer: int) -> bool:
 
 
 def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The exported file's tokenizer, chat template included. Like Hugging Face's own of SmolLM2 it puts no BoS in front."""
+    """The exported file's tokenizer with its chat template. Like Hugging Face's own of SmolLM2 it puts no BoS in
+    front."""
     with safe_open(path, "np") as file:
         about = _metadata(Path(path), file)
         offsets, merges = file.get_tensor("tokenizer.offsets"), file.get_tensor("tokenizer.merges")

@@ -3,13 +3,15 @@
 A *prompt token* leaves nothing but keys and values for later tokens. So it stops at the last layer in which it makes
 some; a *decode-phase token* (the assistant header, the answer) visits all layers.
 
-| policy  | paper            | keys and values in a layer l >= K |
-|---------|------------------|-----------------------------------|
-| full    |                  | every token's own                 |
-| speed   | arXiv 2605.06105 | those of the anchor (position 0) and of decode-phase tokens; a prompt token has no slot |
-| pop     | arXiv 2602.03295 | prompt tokens: the layer's own norm and projections of h_K, the residual stream entering layer K |
-| swiftkv | arXiv 2410.03960 | every token: SwiftKV's own projections of RMSNorm(h_K), in the first layer of each group |
-| share   | arXiv 2604.22782 | (no K) a dropped layer reads the cache of the nearest kept layer below |
+full (K = L): every layer has the keys and values of every token.
+speed, SPEED (arXiv 2605.06105): a layer l >= K has those of the anchor, position 0, and of decode-phase tokens; a
+prompt
+    token has no slot there.
+pop, POP (arXiv 2602.03295): in a layer l >= K those of a prompt token are made by the layer's own norm and projections
+    from h_K, the residual stream that enters layer K.
+swiftkv, SwiftKV (arXiv 2410.03960): in the first layer of each group above K those of every token are made by SwiftKV's
+    own projections from RMSNorm(h_K); the group's other layers read them.
+share, R-CLA (arXiv 2604.22782): there is no K; a dropped layer reads the cache of the nearest kept layer below.
 """
 
 from dataclasses import dataclass
@@ -74,8 +76,8 @@ def make_schedule(
     if policy == "pop":
         return Schedule(k, ("rows",) * k + ("stream",) * (layers - k), itself, layers)
     if swiftkv_k != k:
-        raise ValueError(f"policy swiftkv with K = {k} needs projections trained for it; this model has " +
-                         ("none" if swiftkv_k is None else f"them for K = {swiftkv_k}"))  # fmt: skip
+        has = "none" if swiftkv_k is None else f"them for K = {swiftkv_k}"
+        raise ValueError(f"policy swiftkv with K = {k} needs projections trained for it; this model has {has}")
     reads = tuple(i if i < k else i - (i - k) % group for i in itself)
     source = tuple("rows" if i < k else "swiftkv" if i == reads[i] else "none" for i in itself)
     return Schedule(k, source, reads, layers)
