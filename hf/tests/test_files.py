@@ -5,8 +5,11 @@ import json
 import export_weights
 import pytest
 import random_models
+import reference
 import torch
 from conftest import TOLERANCE, difference, policies, random_tokens, run_engine
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from speed_llama import SpeedLlamaConfig, SpeedLlamaForCausalLM, apply_policy, read_tokenizer
@@ -39,6 +42,17 @@ def test_round_trip(random_model, tmp_path, name):
         again = SpeedLlamaForCausalLM.from_pretrained(saved)
         for (a, x), (b, y) in zip(loaded.state_dict().items(), again.state_dict().items(), strict=True):
             assert a == b and torch.equal(x, y)
+
+
+@pytest.mark.slow
+def test_round_trip_of_smollm2(smollm2, tmp_path):
+    """The real model too, with its split patterns and its ChatML template, out of the exported file alone."""
+    with safe_open(smollm2, "np") as file:
+        saved = tmp_path / json.loads(file.metadata()["config"])["name"]
+    SpeedLlamaForCausalLM.from_pretrained(smollm2).save_pretrained(saved)
+    read_tokenizer(smollm2).save_pretrained(saved)
+    export_weights.export(saved, tmp_path / "out.safetensors", False)
+    assert (tmp_path / "out.safetensors").read_bytes() == smollm2.read_bytes()
 
 
 def test_a_saved_policy_comes_back(wide, tmp_path):
@@ -129,16 +143,11 @@ def test_adapters(wide, tmp_path):
 
 def test_rope_divisors(wide, tmp_path):
     """A file from GGUF may carry divisors of the RoPE frequencies: applied, and not silently lost when saved."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     with safe_open(wide.file, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     tensors["rope.freq_divisors"] = torch.linspace(1, 8, 16)
     changed = tmp_path / "divided.safetensors"
     save_file(tensors, changed, metadata)
-    import reference
-
     model = SpeedLlamaForCausalLM.from_pretrained(changed, dtype=torch.float32)
     tokens = ids()[0].tolist()
     expected = reference.logits(reference.load(changed), tokens, 20)
