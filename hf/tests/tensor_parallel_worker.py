@@ -1,5 +1,4 @@
-"""One process of test_parallel.py's torchrun: the folder's model split over the group, its logits and text into a
-file."""
+"""One process of test_parallel.py's torchrun: the model of a folder split over the group."""
 
 import json
 import sys
@@ -25,7 +24,7 @@ def main() -> None:
         with torch.no_grad():
             logits = model(ids, attention_mask=mask, decode_start=case["starts"]).logits
         text = model.generate(ids, attention_mask=mask, decode_start=case["starts"], max_new_tokens=8, do_sample=False,
-                              pad_token_id=3)  # fmt: skip
+                              pad_token_id=3, prefill_chunk_size=11)  # fmt: skip
         results.append((logits, text))
     local = model.model.layers[0].self_attn.q_proj.weight
     local = local.to_local() if hasattr(local, "to_local") else local

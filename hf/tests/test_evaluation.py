@@ -70,6 +70,7 @@ def evaluate(tasks, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_all_layers_equal_the_stock_model(wide, evaluate):
     stock = evaluate("hf", f"pretrained={wide.folder},dtype=float32")
     layers = wide.config["num_hidden_layers"]

@@ -7,7 +7,7 @@ import pytest
 import random_models
 import reference
 import torch
-from conftest import TOLERANCE, difference, policies, random_tokens, run_engine
+from conftest import ROOT, TOLERANCE, difference, policies, random_tokens, run_engine
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -42,6 +42,18 @@ def test_round_trip(random_model, tmp_path, name):
         again = SpeedLlamaForCausalLM.from_pretrained(saved)
         for (a, x), (b, y) in zip(loaded.state_dict().items(), again.state_dict().items(), strict=True):
             assert a == b and torch.equal(x, y)
+
+
+def test_round_trip_of_the_small_adapted_model(tmp_path):
+    """models/small.safetensors says which policies its weights were adapted to; that survives."""
+    file = ROOT / "models" / "small.safetensors"
+    with safe_open(file, "np") as opened:
+        saved = tmp_path / json.loads(opened.metadata()["config"])["name"]
+    model = SpeedLlamaForCausalLM.from_pretrained(file, policy="speed", num_key_value_layers=4)
+    model.save_pretrained(saved)
+    read_tokenizer(file).save_pretrained(saved)
+    export_weights.export(saved, tmp_path / "out.safetensors", False)
+    assert (tmp_path / "out.safetensors").read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow

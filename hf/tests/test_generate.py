@@ -101,6 +101,10 @@ def test_chunks(wide, policy):
     model = wide.under(**policy)
     ids, mask, _ = batch("left")
     whole = generated(model, ids, mask, decode_start=list(STARTS), output_logits=True, return_dict_in_generate=True)
+    other = generated(model, ids, mask, decode_start=[s - 1 for s in STARTS], prefill_chunk_size=7, output_logits=True,
+                      return_dict_in_generate=True)  # fmt: skip
+    moved = difference(other.logits[0], whole.logits[0])
+    assert (moved > 50 * TOLERANCE) == (policy["policy"] in ("speed", "pop"))  # a split that is off shows
     for size in (1, 7, 16):
         parts = generated(model, ids, mask, decode_start=list(STARTS), prefill_chunk_size=size, output_logits=True,
                           return_dict_in_generate=True)  # fmt: skip
@@ -154,7 +158,7 @@ def test_turns_that_cannot_be(wide):
 
 
 @pytest.mark.parametrize("policy", CASES[1:], ids=str)
-def test_beams_and_samples(wide, policy):
+def test_beams_and_samples(wide, policy, monkeypatch):
     """Beam search and sampling reorder and repeat the cache; without a cache they need none."""
     model = wide.under(**policy)
     ids, mask, _ = batch("left")
@@ -162,6 +166,10 @@ def test_beams_and_samples(wide, policy):
     assert torch.equal(
         generated(model, ids, mask, **settings), generated(model, ids, mask, use_cache=False, **settings)
     )
+    with monkeypatch.context() as fault:
+        fault.setattr(PolicyCache, "reorder_cache", lambda *_: None)
+        assert not torch.equal(generated(model, ids, mask, **settings),
+                               generated(model, ids, mask, use_cache=False, **settings))  # fmt: skip
     results = []
     for use_cache in (True, False):
         torch.manual_seed(5)
@@ -220,6 +228,18 @@ def test_pipeline_and_streamer(wide):
     one = tokenizer.apply_chat_template(chats[0], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     model.generate(**one, **settings, streamer=streamer)
     assert "".join(streamer) == texts[0]
+
+
+def test_from_embeddings(wide):
+    """Without ids no marker can be found; a split that is given counts."""
+    model = wide.under(policy="speed", k=3)
+    ids, mask, _ = batch("left")
+    embeds = model.get_input_embeddings()(ids)
+    for split in ({"decode_start": list(STARTS)}, {}):
+        by_ids = generated(model, ids, mask, **split)[:, ids.shape[1] :]
+        out = model.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False, max_new_tokens=12,
+                             min_new_tokens=12, pad_token_id=3, **split)  # fmt: skip
+        assert torch.equal(out, by_ids)
 
 
 @pytest.mark.slow

@@ -15,15 +15,8 @@ from speed_llama import SpeedLlamaForCausalLM, apply_policy
 
 def torchrun(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "hf" / "src"), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *map(str, arguments),
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=300, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -49,6 +42,9 @@ def test_tensor_parallel(random_model, tmp_path, name):
             expected = ours(ids, attention_mask=mask, decode_start=list(STARTS)).logits
         rows = mask.bool() & (mask.cumsum(1) - 1 >= torch.tensor(STARTS)[:, None])
         assert difference(logits[rows], expected[rows]) <= TOLERANCE, policy
+        assert (
+            difference(logits[rows].roll(1, -1), expected[rows]) > 50 * TOLERANCE
+        )  # as if halves came in another order
         assert torch.equal(text, ours.generate(ids, attention_mask=mask, decode_start=list(STARTS), max_new_tokens=8,
                                                do_sample=False, pad_token_id=3))  # fmt: skip
 
@@ -64,6 +60,9 @@ def test_prefill_and_decode_in_two_processes(wide, k):
         0, 30:
     ].tolist()
     assert f"decode node: {alone}" in out
+    other = wide.under(policy="speed", k=k, bos=False)
+    out_other = other.generate(torch.tensor([tokens]), decode_start=[29], max_new_tokens=8, do_sample=False)[0, 30:]
+    assert out_other.tolist() != alone  # the text would show an anchor that is missing
     megabytes = 2 * k * wide.config["num_key_value_heads"] * wide.config["head_dim"] * 29 * 4 / 1e6
     assert f"29 tokens, {k} layers, sent {megabytes:.2f} MB" in out
 

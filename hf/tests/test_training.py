@@ -1,5 +1,4 @@
-"""The path without a cache: losses and gradients against a model of full depth in which masks hide what is skipped
-here."""
+"""Training: losses and gradients against a model of full depth in which masks hide what is skipped here."""
 
 import contextlib
 
@@ -7,6 +6,8 @@ import pytest
 import reference
 import torch
 from conftest import TOLERANCE, difference, policies, random_tokens
+
+from speed_llama import SpeedLlamaForCausalLM
 
 SPLITS = (30, 22, 35)
 LENGTH = 40
@@ -18,8 +19,7 @@ TIGHT = 1e-11
 
 @contextlib.contextmanager
 def float64(model):
-    """The random model with both implementations in float64. transformers' norm insists on fp32; reference's does
-    not."""
+    """The random model with both implementations in float64; transformers' own norm would go by fp32."""
     with reference.double_precision(model.reference) as exact:
         model.model.double()
         try:
@@ -253,3 +253,20 @@ def test_several_answers_on_one_prompt(random_model, implementation):
             ours(**{**whole, "segment_sees": x}, packed=True).logits[0] for x in (whole["segment_sees"], sees)
         )
     assert torch.equal(right[:8], wrong[:8]) and difference(wrong[-5:], right[-5:]) > 50 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_trainer(wide, tmp_path):
+    """transformers' own loop, with accumulation and checkpointing: the loss of what it learns by heart falls."""
+    from transformers import Trainer, TrainingArguments
+
+    ids, labels = batch()
+    rows = [{"input_ids": a, "labels": b, "decode_start": s} for a, b, s in zip(ids, labels, SPLITS, strict=True)]
+    model = SpeedLlamaForCausalLM.from_pretrained(wide.folder, policy="speed", num_key_value_layers=3)
+    arguments = TrainingArguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=12,
+                                  learning_rate=3e-3, report_to=[], logging_steps=4, gradient_checkpointing=True,
+                                  use_cpu=True, save_strategy="no", remove_unused_columns=False)  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    assert len(losses) == 3 and losses[-1] < losses[0] / 2

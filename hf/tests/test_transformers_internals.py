@@ -96,6 +96,7 @@ def test_generation_hooks():
     assert list(generate)[1:3] == ["inputs", "generation_config"] and "assistant_model" in generate
     prepare = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     assert "is_first_iteration" in prepare and "kwargs" in prepare
+    assert "inputs_embeds" in prepare  # generate looks for it among the names of what overrides this
     config = transformers.GenerationConfig()
     for name in ("cache_implementation", "use_cache", "pad_token_id", "prefill_chunk_size", "is_assistant"):
         assert hasattr(config, name), name

@@ -40,22 +40,21 @@ class PolicyCache(DynamicCache):
     def begin_turn(self, decode_start: Tensor, keep_answers: bool = False) -> None:
         """From here on, tokens before decode_start [B] are prompt: answers of earlier turns too, which lose their slots
         in the upper layers unless keep_answers. ValueError if a cached token would have to become decode-phase."""
-        before, self.decode_start = self.decode_start, decode_start
-        if self.short_positions is None or (before is not None and torch.equal(before.to(decode_start), decode_start)):
+        before, positions = self.decode_start, self.short_positions
+        if before is not None and torch.equal(before.to(decode_start), decode_start):
             return
-        positions = self.short_positions
-        if bool((positions >= decode_start.to(positions)[:, None]).any()):
+        if positions is not None and bool((positions >= decode_start.to(positions)[:, None]).any()):
             raise ValueError("decode_start lies before tokens that the cache already holds; crop it or start anew")
-        if keep_answers:
+        self.decode_start = decode_start
+        if positions is None or keep_answers:
             return
         anchor = positions == 0  # one slot a sequence, or none at all
         count = int(anchor.any())
         slot = anchor.to(torch.uint8).argmax(1)[:, None][:, :count]
         self.short_positions = positions.gather(1, slot)
         for layer in self.layers[self.short_from :]:
-            index = slot.to(layer.keys.device)[:, None, :, None].expand(
-                -1, *layer.keys.shape[1:2], -1, layer.keys.shape[3]
-            )
+            _, heads, _, size = layer.keys.shape
+            index = slot.to(layer.keys.device)[:, None, :, None].expand(-1, heads, -1, size)
             layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
 
     def split_of(self, batch: int) -> Tensor | None:

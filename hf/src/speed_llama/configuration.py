@@ -10,8 +10,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from .policy import Schedule, make_schedule
 
-# What the policy adds to config.json, under a key of its own, which other programs that read Llama checkpoints pass
-# over.
+# What the policy adds to config.json stands under a key of its own, which other readers of Llama checkpoints pass over.
 KEY = "speed_policy"
 FIELDS = ("policy", "num_key_value_layers", "anchor", "kept_layers", "keep_answers", "decode_marker")
 

@@ -34,8 +34,7 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, each [B, rows, head size]
 
 @dataclass
 class PolicyModelOutput(BaseModelOutputWithPast):
-    """decode_columns [B, R]: the columns of the rows that went through all layers, -1 where a sequence has fewer
-    than R;
+    """decode_columns [B, R]: the columns of the rows that went through all layers, -1 where a sequence has fewer;
     None: all. row_of_column [B, T]: the row whose result each column shows, -1 for rows that stopped; None: its own."""
 
     decode_columns: Tensor | None = None
@@ -50,8 +49,7 @@ class PolicyCausalLMOutput(CausalLMOutputWithPast):
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """RoPE of x [B, heads, rows, head size]: the expression of transformers' apply_rotary_pos_emb, for one of its
-    two."""
+    """RoPE of x [B, heads, rows, head size], as transformers' apply_rotary_pos_emb has it for queries and for keys."""
     cos, sin = (angle.unsqueeze(1) for angle in rope)
     return (x * cos) + (rotate_half(x) * sin)
 
@@ -153,9 +151,10 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
         [B, cached + T] is 0. position_ids [B, T]: by default counted from the mask.
         decode_start: B positions, or one; tokens before it are prompt. By default: what the cache was told; else, if
         the policy's logits depend on it, where the last config.decode_marker begins, else the last token; else 0.
-        decode_rows [B, T]: instead of it, which rows are decode-phase. segment_ids [B, T] and segment_sees [B, G,
-        G]: the sequence is a tree, several questions on one passage (rows.segments_seen). These for training,
-        without a cache. ValueError or TypeError says what does not fit.
+        Whoever feeds a prompt in pieces must pass it with the first: it is looked for in the tokens at hand.
+        decode_rows [B, T]: instead of it, which rows are decode-phase. segment_ids [B, T], segment_sees [B, G, G]: the
+        sequence is a tree, several questions on one passage (rows.segments_seen). These for training, without a
+        cache. ValueError or TypeError says what does not fit.
         """
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name):
@@ -181,7 +180,8 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
         wide_mask, narrow_mask, short_mask = self.make_masks(rows, valid, past, cache, x.dtype, seen)
 
         rope = rope_wide = self.rotary_emb(x, rows.positions)
-        made: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, for those that read another's
+        shares = "none" in schedule.source
+        made: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by layer, where others read them
         wide = swiftkv = None
         for i, layer in enumerate(self.layers[: config.num_hidden_layers]):
             if i == schedule.narrow_from:  # prompt rows stop: from here on x is narrow
@@ -196,8 +196,10 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
                 kv_states = swiftkv if source == "swiftkv" else None
             keys, values = made[schedule.reads[i]] if source == "none" else (None, None)
             mask = wide_mask if wide is None else short_mask if short else narrow_mask
-            x, *made[i] = layer(x, kv_states, keys, values, rope, rope if short else rope_wide, mask,
-                                past_key_values=cache, swiftkv=swiftkv is not None)  # fmt: skip
+            x, keys, values = layer(x, kv_states, keys, values, rope, rope if short else rope_wide, mask,
+                                    past_key_values=cache, swiftkv=swiftkv is not None)  # fmt: skip
+            if shares:
+                made[i] = keys, values
         x = self.norm(x)
         if not packed and rows.row_of is not None:
             x = take_rows(x, rows.row_of)
@@ -262,7 +264,8 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
 
     def make_masks(self, rows: Rows, valid: Tensor | None, past: int, cache: PolicyCache | None, dtype: torch.dtype,
                    tree: tuple[Tensor, Tensor] | None) -> list[Tensor | None]:  # fmt: skip
-        """For layers that all rows enter; for the rows that go on, in caches of all tokens; and for them in short ones."""
+        """For layers that all rows enter; for rows that go on, in caches of all tokens; and in short ones. The cache is
+        told of the new slots in short ones."""
         batch, length = rows.real.shape
         columns = torch.arange(length, device=rows.real.device).expand(batch, length)
         going = rows.gather(columns)
@@ -287,6 +290,8 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
     def add_anchor(self, cache: PolicyCache, batch: int) -> None:
         """Gives the upper layers of a cache that came from elsewhere their anchor's slot. Only itself is visible to
         position 0, so its keys and values depend on the BoS id alone."""
+        if self.config.bos_token_id is None:
+            raise ValueError("config.bos_token_id is None: the anchor of a cache from elsewhere cannot be made")
         alone = PolicyCache()
         bos = torch.full((1, 1), self.config.bos_token_id, device=self.embed_tokens.weight.device)
         self(bos, past_key_values=alone, decode_start=1)
@@ -400,16 +405,15 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
         )
         return result if return_dict else result.to_tuple()
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if inputs.get("attention_mask") is not None:
             inputs.pop("position_ids", None)  # transformers' would be wrong after padding on the right
         return inputs
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """transformers' generate. decode_start: B positions that override config.decode_marker. past_key_values: a
-        PolicyCache, the same one for each turn of a conversation. What a policy's cache cannot do is refused by
-        name."""
+        PolicyCache, the same for each turn of a conversation. What a policy's cache cannot do is refused by name."""
         settings = generation_config or self.generation_config
         kind = kwargs.get("cache_implementation", settings.cache_implementation)
         if kind not in (None, "dynamic"):
@@ -462,9 +466,8 @@ def packed_targets(labels: Tensor, columns: Tensor | None) -> Tensor:
 
 
 def apply_policy(model: LlamaForCausalLM, **fields) -> SpeedLlamaForCausalLM:
-    """Puts a loaded LlamaForCausalLM under a policy, in place, and returns it: same weights, same hooks, another
-    forward pass. fields: those of SpeedLlamaConfig. TypeError for another model, or one that is spread by a device
-    map."""
+    """Puts a loaded LlamaForCausalLM under a policy, in place, and returns it: same weights and hooks, another forward
+    pass. fields: those of SpeedLlamaConfig. TypeError for another model, or for one spread by a device map."""
     if type(model) is not LlamaForCausalLM:
         raise TypeError(f"{type(model).__name__}: apply_policy takes a LlamaForCausalLM")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):

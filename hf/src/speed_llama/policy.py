@@ -4,9 +4,8 @@ A *prompt token* leaves nothing but keys and values for later tokens. So it stop
 some; a *decode-phase token* (the assistant header, the answer) visits all layers.
 
 full (K = L): every layer has the keys and values of every token.
-speed, SPEED (arXiv 2605.06105): a layer l >= K has those of the anchor, position 0, and of decode-phase tokens; a
-prompt
-    token has no slot there.
+speed, SPEED (arXiv 2605.06105): a layer l >= K has those of the anchor, position 0, and of decode-phase tokens; other
+    prompt tokens have no slot there.
 pop, POP (arXiv 2602.03295): in a layer l >= K those of a prompt token are made by the layer's own norm and projections
     from h_K, the residual stream that enters layer K.
 swiftkv, SwiftKV (arXiv 2410.03960): in the first layer of each group above K those of every token are made by SwiftKV's
