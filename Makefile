@@ -2,6 +2,7 @@
 # make cuda         builds ./speed-cuda for NVIDIA GPUs, on any machine with a CUDA toolkit
 # make test         builds and runs the tests; needs no Python and no network
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
+# make test-package   the tests of the Python package in hf/, all of them (an environment of 7 GB, once)
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
 # make gpu-bench    times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
@@ -119,6 +120,9 @@ sanitize-threads:
 test-hf: speed
 	tests/hf/run.sh "$(CACHE)"
 
+test-package: speed
+	hf/run.sh pytest -q hf/tests
+
 # Needs clang and its run-time library (Debian: clang libclang-rt-dev libomp-dev). ./run.sh fuzz installs them first.
 FUZZ_SECONDS ?= 600
 fuzz:
@@ -183,4 +187,4 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda gpu-check gpu-bench test test-hf sanitize sanitize-threads bench fuzz format check-format help clean FORCE
+.PHONY: cuda gpu-check gpu-bench test test-hf test-package sanitize sanitize-threads bench fuzz format check-format help clean FORCE

@@ -4,6 +4,7 @@
 #   ./run.sh              fetch a real model (SmolLM2-135M-Instruct, 93 MB, once) and show what SPEED saves on one question
 #   ./run.sh FLAGS...     run ./speed FLAGS... with that model, for example  ./run.sh --chat -p "Who wrote Hamlet?" --k 24
 #   ./run.sh --offline    the same demonstration with the small model that comes with the project; no network but for packages
+#   ./run.sh hf           SmolLM2 through transformers and through ./speed, side by side (an environment of 7 GB, once)
 #   ./run.sh test         build and pass all tests
 #   ./run.sh fuzz         ten minutes of hostile files, texts and templates, made up by libFuzzer
 #   ./run.sh sanitize-threads   the threads under ThreadSanitizer
@@ -95,6 +96,12 @@ fi
 
 build_tools
 make --no-print-directory -s -j"$(nproc)" speed || fail "the build failed: see the compiler's message above"
+
+if [ "${1:-}" = hf ]; then
+  install "for the Python package" python3-venv
+  real_model || fail "SmolLM2 could not be fetched"
+  exec hf/run.sh python hf/compare.py "${@:2}"
+fi
 
 if [ "${1:-}" = --offline ]; then
   [ $# = 1 ] || fail "--offline takes no other flag: run ./speed -m $small ... instead"
