@@ -592,10 +592,10 @@ class Engine {
       const size_t n = capacity(l) * kv;
       CacheValue* memory = cache_memory_.emplace_back(2 * n).get();
       kv_bytes_ += 2 * n * sizeof(CacheValue);
-      caches_[l] = {.k = memory,
-                    .v = memory + n,
-                    .capacity = capacity(l),
-                    .device_begin = reinterpret_cast<const uint32_t*>(step_inputs_.get() + l)};
+      LayerCache<CacheValue>& cache = caches_[l];
+      cache.k = memory, cache.v = memory + n;
+      cache.capacity = capacity(l);
+      cache.device_begin = reinterpret_cast<const uint32_t*>(step_inputs_.get() + l);
     }
   }
 
