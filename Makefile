@@ -3,6 +3,7 @@
 # make test         builds and runs the tests; needs no Python and no network
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
+# make sass         checks what the compiler made of the CUDA kernels, in their machine code; needs no GPU
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
 # make gpu-bench    times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
 # make fuzz         hostile model files, texts and templates, made up by libFuzzer (ten minutes)
@@ -142,6 +143,11 @@ speed-cuda: $(SOURCES)
 	@! grep -B2 -E '\b[1-9][0-9]* bytes (stack|spill)|warning' $(BUILD)/nvcc.log
 	mv $@.new $@
 
+# With cuobjdump of the CUDA toolkit, or of the package triton, which the comparison with Hugging Face pins.
+sass: speed-cuda
+	@if command -v cuobjdump /usr/local/cuda/bin/cuobjdump >/dev/null; then python3 tests/gpu/sass.py; \
+	else tests/hf/run.sh "$(CACHE)" tests/gpu/sass.py; fi
+
 # The tests of the kernels once more, on the GPU itself.
 build-gpu/test_gpu.o: tests/test_gpu.cpp $(SOURCES) $(wildcard tests/*.h)
 	@mkdir -p build-gpu
@@ -181,4 +187,4 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda gpu-check gpu-bench test test-hf sanitize sanitize-threads bench fuzz format check-format help clean FORCE
+.PHONY: cuda sass gpu-check gpu-bench test test-hf sanitize sanitize-threads bench fuzz format check-format help clean FORCE

@@ -79,6 +79,10 @@ DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 DEVICE uint4 load_16(const void* p) { return *static_cast<const uint4*>(p); }
 DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
+// 4 bytes; the address is a multiple of 4. One instruction also where the pointer's type promises less alignment: the
+// compiler makes of memcpy() to a bf16* a store for every byte.
+DEVICE void store_4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
+
 // For weights, read once a kernel and written by none that could overlap it: global memory, past the L1 cache.
 DEVICE uint4 load_16_once(const void* p) {
   uint4 v;

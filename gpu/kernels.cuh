@@ -193,7 +193,7 @@ constexpr int matvec_threads = 128;
 // A warp a pair: each lane has eight 16-byte loads of weights under way. in in multiples of 8. Moves 4 in bytes a pair;
 // x comes out of L1.
 template <class Rows>
-__global__ void __launch_bounds__(matvec_threads) matvec(const bf16* x, int in, Rows rows) {
+__global__ void __launch_bounds__(matvec_threads, 1) matvec(const bf16* x, int in, Rows rows) {
   const int p = int(blockIdx.x) * (matvec_threads / warp_size) + int(threadIdx.x) / warp_size;
   const int lane = int(threadIdx.x) % warp_size;
   if (p >= rows.pairs()) return;
@@ -352,7 +352,7 @@ __global__ void random_weights(bf16* w, size_t count, uint32_t seed) {
 }
 
 // Reads count times 16 bytes, to measure how fast that can be; writes only where their sum is one it cannot be.
-__global__ void read_all(uint32_t* never, const uint4* p, size_t count) {
+__global__ void __launch_bounds__(256, 1) read_all(uint32_t* never, const uint4* p, size_t count) {
   constexpr int deep = 8;
   const size_t stride = size_t(gridDim.x) * blockDim.x;
   uint32_t sum = 0;

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <source_location>
@@ -163,6 +164,10 @@ inline uint4 load_16(const void* p, Where where = Where::current()) {
 inline void store_16(void* p, uint4 v, Where where = Where::current()) {
   emulator::check("store_16", emulator::Memory::either, p, 16, 16, where);
   *static_cast<uint4*>(p) = v;
+}
+inline void store_4(void* p, uint32_t v, Where where = Where::current()) {
+  emulator::check("store_4", emulator::Memory::either, p, 4, 4, where);
+  std::memcpy(p, &v, 4);
 }
 inline uint4 load_16_once(const void* p, Where where = Where::current()) {
   emulator::check("load_16_once", emulator::Memory::global, p, 16, 16, where);
