@@ -36,6 +36,7 @@ struct LaunchStream {
 #else
 
 #include <cublas_v2.h>
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #define DEVICE __device__ __forceinline__
@@ -106,6 +107,129 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int N>
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- Hopper: compute capability 9.0 alone ------------------------------------------------------------------------
+// Kernels that call these have a body only where SPEED_HOPPER is defined; elsewhere they are compiled empty.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SPEED_HOPPER
+#endif
+
+// A barrier in shared memory (PTX ISA, "mbarrier"). A phase of it ends when `arrivals` threads have arrived and all bytes
+// that were expected have been copied; then the next begins, with the same number of arrivals.
+struct alignas(8) Barrier {
+  uint64_t word;
+};
+DEVICE void barrier_init(Barrier* b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+// By the thread that made them, before the sync_threads() after which others use them.
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Arrives, and makes the phase wait for so many bytes more.
+DEVICE void barrier_expect(Barrier* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+               : "memory");
+}
+DEVICE void barrier_arrive(Barrier* b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+// Waits for the end of the phase of this parity: phases are 0, 1, 0, ... A new barrier counts as after a phase 1.
+DEVICE void barrier_wait(Barrier* b, int parity) {
+  uint32_t ended;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(ended)
+                 : "r"(shared_address(b)), "r"(parity)
+                 : "memory");
+  } while (!ended);
+}
+
+// Starts a copy of rows [row, row + 128) of one head of a tensor that the host described (tensor_map, below) to a tile in
+// shared memory, aligned to 1024; zeros for rows that the map does not have. Its bytes count for the barrier. The tile is
+// E / 64 halves [128][64]; byte address bits 4 to 6 are exclusive-ored with bits 7 to 9. One thread calls it.
+using TensorMap = CUtensorMap;
+DEVICE void copy_tile(void* shared, const TensorMap& map, Barrier* b, int row, int head) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(b)), "r"(0), "r"(row), "r"(0), "r"(head)
+      : "memory");
+}
+
+// Products of a warpgroup (PTX ISA, "wgmma"): 128 threads, all of which reach these together. A batch of products is a
+// scope: { Products batch; warpgroup_product(...); ... }. They run in the background, in order: until products_wait<N>()
+// has returned, which waits for all batches but the latest N, no result may be touched and no operand changed.
+// settled() then keeps the compiler from reading a result before the wait.
+struct Products {
+  DEVICE Products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+  DEVICE ~Products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+};
+template <int N>
+DEVICE void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+template <int N>
+DEVICE void settled(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// D [64, N] = A B, or += where `add`; N is 64 or 128, the inner size 16. In a warp of 16 rows D's layout is that of
+// mma_m16n8k16 for each 8 columns: d[4 j + i] of thread g, t is element i of columns 8 j to 8 j + 7.
+// The first takes A [64, 16] and B^T [N, 16] from shared memory, rows of 128 bytes. The second takes A from registers, as
+// mma_m16n8k16 does, and B [16, N] from shared memory. `a` and `b` are matrix descriptors.
+#define SPEED_REGISTERS_32                                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define SPEED_REGISTERS_64                                                                                           \
+  SPEED_REGISTERS_32                                                                                                 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SPEED_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SPEED_D16(i) SPEED_D4(i), SPEED_D4(i + 4), SPEED_D4(i + 8), SPEED_D4(i + 12)
+#define SPEED_D32(i) SPEED_D16(i), SPEED_D16(i + 16)
+
+template <int N>
+DEVICE void warpgroup_product(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
+  static_assert(N == 128);
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SPEED_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+      : SPEED_D32(0), SPEED_D32(32)
+      : "l"(a), "l"(b), "r"(int(add)));
+}
+template <int N>
+DEVICE void warpgroup_product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N == 64 || N == 128);
+  if constexpr (N == 128)
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SPEED_REGISTERS_64
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : SPEED_D32(0), SPEED_D32(32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SPEED_REGISTERS_32
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : SPEED_D32(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Changes how many registers a thread of the warpgroup has: a multiple of 8, 24 to 256. Whole warpgroup.
+template <int R>
+DEVICE void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));
+}
+template <int R>
+DEVICE void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R));
+}
+
+// Named barriers, 1 to 15: one side waits until `threads` threads in all have come, the other comes and goes on.
+DEVICE void named_barrier_wait(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- bf16, tensor cores -------------------------------------------------------------------------------------------
@@ -268,6 +392,31 @@ inline void copy_on_device(void* to, const void* from, size_t bytes, const Strea
 }
 inline void fill_bytes(void* to, int byte, size_t bytes, const Stream& s, Where where = Where::current()) {
   SPEED_CHECK(cudaMemsetAsync(to, byte, bytes, s.get()), where);
+}
+
+// The tensor [heads, rows, e] of bf16 at `base` for copy_tile(); pitches are the distances of two rows and of two heads,
+// in values, multiples of 8. rows >= 1.
+inline TensorMap tensor_map(const bf16* base, size_t rows, size_t heads, size_t row_pitch, size_t head_pitch, int e,
+                            Where where = Where::current()) {
+  static const auto encode = [where] {  // a function of the driver, which the program does not link with
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    SPEED_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found),
+                where);
+    if (found != cudaDriverEntryPointSuccess) fail("cuTensorMapEncodeTiled", "not in the driver", "update it", where);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
+  }();
+  TensorMap map;
+  const cuuint64_t sizes[] = {64, rows, cuuint64_t(e / 64), heads};
+  const cuuint64_t pitches[] = {row_pitch * sizeof(bf16), 64 * sizeof(bf16), head_pitch * sizeof(bf16)};
+  const cuuint32_t box[] = {64, 128, cuuint32_t(e / 64), 1}, every[] = {1, 1, 1, 1};
+  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(base), sizes, pitches, box,
+                            every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (r != CUDA_SUCCESS)
+    fail("cuTensorMapEncodeTiled", "error " + std::to_string(int(r)), "this is a fault of the program: report it",
+         where);
+  return map;
 }
 
 // Runs kernel(args...) with grid.x * grid.y * grid.z blocks of block.x threads, a multiple of 32, and `shared_bytes` of

@@ -8,7 +8,7 @@
 #include <functional>
 
 #include "../cpu/reference.h"
-#include "attention.cuh"
+#include "hopper.cuh"
 
 namespace speed {
 
@@ -292,6 +292,13 @@ class Gpu {
          parts_.get(), q, cache.k, cache.v, cache.capacity, cache.device_begin, int(seen - cache.begin), int(n_heads),
          scale);
       go(kernel::join_parts, dim3(h, unsigned(n)), E, 0, o, parts_.get(), int(s), E, scale);
+    } else if (E >= 64 && device_.major == 9) {
+      constexpr int e = E >= 64 ? E : 64;  // no kernel is made for 32
+      const size_t slots = seen + n - 1;
+      auto cache_map = [&](const bf16* p) { return tensor_map(p, slots, n_kv_heads, E, cache.capacity * E, E); };
+      go(kernel::prefill_attention_hopper<e>, dim3(h, blocks(n, kernel::hopper_rows)), kernel::hopper_threads,
+         kernel::hopper_shared_bytes<e>, tensor_map(q, n, n_heads, n_heads * E, E, E), cache_map(cache.k),
+         cache_map(cache.v), o, int(n), int(seen), int(n_kv_heads), scale);
     } else {
       go(kernel::prefill_attention<E>, dim3(h, blocks(n, kernel::prefill_rows)), kernel::prefill_threads,
          kernel::prefill_shared_bytes<E>, o, q, cache.k, cache.v, cache.capacity, int(n), int(seen), int(n_kv_heads),

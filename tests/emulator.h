@@ -8,6 +8,9 @@
 //
 // A GPU may do things late and in any order. The adversarial mode does:
 //   - copy_async_16 fills its destination with NaN and copies only in the copy_async_wait that must cover it;
+//   - copy_tile fills its destination with NaN and copies at some later moment, when threads change places;
+//   - warpgroup products fill their results with NaN and read their operands only in the products_wait that must cover
+//     them;
 //   - shared memory holds NaN when a block starts, and so does device memory that was just allocated;
 //   - blocks run in random order, lanes in either direction, and after every barrier one warp may be held back until
 //     the others can go no further;
@@ -42,6 +45,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define DEVICE inline
+#define SPEED_HOPPER
 
 struct uint2 {
   unsigned x, y;
@@ -84,9 +88,11 @@ namespace emulator {
 struct Options {
   uint64_t seed = 1;
   bool adversarial = true;
+  int major = 8;  // compute capability; 9: a Hopper GPU
   int multiprocessors = 4;
-  size_t memory = size_t(2) << 30;         // bytes on the device
-  size_t shared_limit = size_t(99) << 10;  // bytes a block may have: the least of all GPUs from sm_80 on
+  size_t memory = size_t(2) << 30;  // bytes on the device
+  // Bytes of shared memory a block may have: 99 KiB is the least of all GPUs from sm_80 on, 227 KiB is Hopper's.
+  size_t shared_limit() const { return size_t(major == 9 ? 227 : 99) << 10; }
 };
 inline Options options;
 
@@ -98,6 +104,10 @@ void wait_for_groups(int but_latest);
 void copy_later(void* shared, const void* global, bool valid);
 void end_group();
 void* shared_memory();
+uint32_t shared_address(const void* p);
+void add_product(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool add, Where where);
+void wait_for_products(int but_latest, Where where);
+void set_registers(int count, bool up, Where where);
 void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Where where,
               const std::function<void()>& body);
 
@@ -184,6 +194,62 @@ template <int N>
 void copy_async_wait() {
   emulator::wait_for_groups(N);
 }
+
+// ---- Hopper --------------------------------------------------------------------------------------------------------
+
+inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+
+struct alignas(8) Barrier {
+  uint64_t word;
+};
+void barrier_init(Barrier* b, int arrivals, Where where = Where::current());
+void barriers_ready();
+void barrier_expect(Barrier* b, int bytes, Where where = Where::current());
+void barrier_arrive(Barrier* b, Where where = Where::current());
+void barrier_wait(Barrier* b, int parity, Where where = Where::current());
+
+struct TensorMap {
+  const bf16* base;
+  size_t rows, heads, row_pitch, head_pitch;  // pitches in values
+  int e;
+};
+TensorMap tensor_map(const bf16* base, size_t rows, size_t heads, size_t row_pitch, size_t head_pitch, int e,
+                     Where where = Where::current());
+void copy_tile(void* shared, const TensorMap& map, Barrier* b, int row, int head, Where where = Where::current());
+
+struct Products {
+  Where where;
+  Products(Where where = Where::current());
+  ~Products() noexcept(false);
+};
+template <int N>
+void products_wait(Where where = Where::current()) {
+  emulator::wait_for_products(N, where);
+}
+template <int N>
+void settled(float (&)[N]) {}
+template <int N>
+void warpgroup_product(float (&d)[N / 2], uint64_t a, uint64_t b, bool add, Where where = Where::current()) {
+  emulator::add_product(d, N, nullptr, a, b, add, where);
+}
+template <int N>
+void warpgroup_product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, Where where = Where::current()) {
+  emulator::add_product(d, N, a, 0, b, true, where);
+}
+
+template <int R>
+void registers_up(Where where = Where::current()) {
+  static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+  emulator::set_registers(R, true, where);
+}
+template <int R>
+void registers_down(Where where = Where::current()) {
+  static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+  emulator::set_registers(R, false, where);
+}
+
+void named_barrier_wait(int id, int threads, Where where = Where::current());
+void named_barrier_arrive(int id, int threads, Where where = Where::current());
 
 // ---- bf16, tensor cores -------------------------------------------------------------------------------------------
 

@@ -310,7 +310,9 @@ struct AttentionCase {
   size_t n, seen, heads, kv_heads;
 };
 
-// One case of attention at head_dim E, by the prefill kernel or by decode_attention and join_parts with `slices`.
+constexpr int prefill = 0, hopper = -1;  // instead of a number of slices
+
+// One case of attention at head_dim E, by a kernel for many rows or by decode_attention and join_parts with `slices`.
 //
 // Weights are rounded to bf16 before they meet the values, so each term p v is wrong by at most u |p v|, and the
 // result, rounded once more, by u |o|. Scores are sums of E products in fp32, wrong by at most E e |q| |k| / sqrt(E),
@@ -336,9 +338,20 @@ void attention_case(const AttentionCase& c, int slices) {
   const size_t size = q.size();
   OnDevice<bf16> dq(s, narrow(q)), dk(s, narrow(k)), dv(s, narrow(v)), o(s, size + 1);
   const float scale = float(1 / (std::log(2.0) * std::sqrt(double(E))));
-  INFO((slices ? "decode " : "prefill ") << c.n << " rows, first sees " << c.seen << ", heads " << c.heads << "/"
-                                         << c.kv_heads << " x " << E << ", slices " << slices);
-  if (slices) {
+  INFO((slices == hopper ? "hopper "
+        : slices         ? "decode "
+                         : "prefill ")
+       << c.n << " rows, first sees " << c.seen << ", heads " << c.heads << "/" << c.kv_heads << " x " << E
+       << ", slices " << slices);
+  if (slices == hopper) {
+    if constexpr (E >= 64) {
+      const size_t width = c.heads * E;
+      launch(kernel::prefill_attention_hopper<E>, dim3(unsigned(c.heads), blocks(c.n, kernel::hopper_rows)),
+             kernel::hopper_threads, kernel::hopper_shared_bytes<E>, s, tensor_map(dq.get(), c.n, c.heads, width, E, E),
+             tensor_map(dk.get(), slots, c.kv_heads, E, capacity * E, E),
+             tensor_map(dv.get(), slots, c.kv_heads, E, capacity * E, E), o.get(), c.n, c.seen, c.kv_heads, scale);
+    }
+  } else if (slices) {
     OnDevice<float> parts(s, c.n * c.heads * slices * (E + 2));
     OnDevice<uint32_t> begin(s, std::vector<uint32_t>{uint32_t(c.seen - 1)});
     launch(kernel::decode_attention<E>, dim3(slices, unsigned(c.kv_heads), unsigned(c.n)), kernel::decode_threads,
@@ -372,16 +385,31 @@ void attention_case(const AttentionCase& c, int slices) {
 
 TEST_CASE("attention of many rows", "[gpu]") {
   under_seeds(2, [] {
-    attention_case<64>({1, 1, 1, 1}, 0);
-    attention_case<64>({63, 1, 3, 1}, 0);
-    attention_case<64>({65, 1, 2, 2}, 0);
-    attention_case<32>({64, 65, 4, 1}, 0);
-    attention_case<32>({129, 63, 2, 1}, 0);
-    attention_case<128>({65, 130, 3, 1}, 0);
-    attention_case<128>({3, 64, 8, 1}, 0);
+    attention_case<64>({1, 1, 1, 1}, prefill);
+    attention_case<64>({63, 1, 3, 1}, prefill);
+    attention_case<64>({65, 1, 2, 2}, prefill);
+    attention_case<32>({64, 65, 4, 1}, prefill);
+    attention_case<32>({129, 63, 2, 1}, prefill);
+    attention_case<128>({65, 130, 3, 1}, prefill);
+    attention_case<128>({3, 64, 8, 1}, prefill);
   });
-  attention_case<64>({2, 1000, 8, 4}, 0);
-  attention_case<128>({130, 200, 2, 1}, 0);
+  attention_case<64>({2, 1000, 8, 4}, prefill);
+  attention_case<128>({130, 200, 2, 1}, prefill);
+}
+
+TEST_CASE("attention of many rows on Hopper", "[gpu][hopper]") {
+  on_hopper([] {
+    under_seeds(2, [] {
+      attention_case<64>({1, 1, 1, 1}, hopper);
+      attention_case<64>({65, 1, 2, 2}, hopper);     // the second warpgroup has one row
+      attention_case<128>({17, 128, 4, 1}, hopper);  // the diagonal leaves the first tile
+      attention_case<128>({129, 63, 2, 1},
+                          hopper);  // two blocks; of the first, a warpgroup sees nothing of its last tile
+      attention_case<64>({130, 320, 3, 1}, hopper);  // four tiles: each place of shared memory is used twice
+    });
+    attention_case<128>({3, 1021, 8, 2}, hopper);  // eight tiles, all full
+    attention_case<128>({200, 500, 2, 1}, hopper);
+  });
 }
 
 TEST_CASE("attention of few rows over slices of the cache", "[gpu]") {
@@ -694,6 +722,38 @@ TEST_CASE("laws 1, 2 and 4 on Gpu, bit for bit", "[gpu][model]") {
       CHECK(same_bits(run(true), run(false)));
     }
   }
+}
+
+TEST_CASE("whole models with Hopper's attention", "[gpu][model][hopper]") {
+  on_hopper([] {
+    Gpu gpu;
+    Cpu cpu;
+    for (const RandomModel& r : models()) {
+      const Model& m = r.m;
+      const Shape& s = m.config.shape;
+      if (s.head_dim < 64) continue;
+      INFO("head " << s.name);
+      const int L = s.n_layers;
+      const auto ids = Random(fresh(16)).ids(150, m.config.bos, s.vocab);
+      const size_t split = 140;
+      const Policy speed = policy(Method::speed, L, L - 1);
+      const auto ref = logits_on(cpu, m, speed, ids, split), got = logits_on(gpu, m, speed, ids, split, 70);
+      const double allowed = tolerance(m, speed, ids, split, ref);
+      CHECK(worst_row(got, ref, s.vocab) < allowed);
+      const auto full = logits_on(gpu, m, full_depth(L), ids, split);
+      CHECK(worst_row(full, ref, s.vocab) > allowed);
+      CHECK(same_bits(logits_on(gpu, m, policy(Method::speed, L, L), ids, split), full));
+      CHECK(same_bits(logits_on(gpu, m, policy(Method::pop, L, L - 1), ids, split), full));
+#ifdef SPEED_EMULATOR
+      emulator::options.major = 8;  // today's kernel sums in another order: the one for Hopper was really used
+      CHECK_FALSE(same_bits(logits_on(*std::make_unique<Gpu>(), m, full_depth(L), ids, split), full));
+      emulator::options.major = 9;
+      emulator::options.seed = 2;
+      CHECK(same_bits(logits_on(gpu, m, full_depth(L), ids, split), full));
+      emulator::options.seed = 1;
+#endif
+    }
+  });
 }
 
 TEST_CASE("laws 3, 5, 6 and 7 on Gpu, within bf16", "[gpu][model]") {

@@ -5,10 +5,12 @@
 A kernel can be right and slow because of one decision of ptxas. Each of these happened once:
   - matvec had 2 or 3 loads in flight instead of 12: ptxas saved registers by moving each load down to its first use;
   - decode attention waited for the keys before it loaded the values: two memory latencies a step instead of one;
-  - memcpy() of 4 bytes to a bf16* became 4 stores of a byte.
+  - memcpy() of 4 bytes to a bf16* became 4 stores of a byte;
+  - attention on Hopper waited for P V before the softmax that should have run beside it.
 So for every GPU in the program this script checks that no kernel stores single bytes or uses local memory, that the
 loops bound by memory issue all their loads before the first one is used, and that attention on Hopper uses that GPU's
-own tensor-core instruction (HGMMA) and no other. Exit status 1 where one does not hold.
+own tensor-core instruction (HGMMA) and no other, with all exponentials of a tile between the waits for S and for P V.
+Exit status 1 where one does not hold.
 """
 import re
 import shutil
@@ -24,8 +26,9 @@ LOADS = {
     r"decode_attention<32>": 6,
     r"read_all": 8,
 }
-# kernel of sm_90a -> how often it has HGMMA
-HGMMA = {}
+# kernel, on sm_90a -> how often it has HGMMA
+HGMMA = {r"prefill_attention_hopper<128>": 32, r"prefill_attention_hopper<64>": 24}
+OVERLAPPED = 64  # exponentials a thread computes for a tile of 64 x 128 scores
 
 
 def cuobjdump():
@@ -71,6 +74,18 @@ def loads_in_flight(loop):
     return count
 
 
+def overlapped(code):
+    """The most exponentials between a wait for all products but the latest batch and the next wait for all."""
+    most, count, latest_runs = 0, 0, False
+    for _, op, operands in code:
+        if op.startswith("WARPGROUP.DEPBAR"):
+            if latest_runs:
+                most = max(most, count)
+            count, latest_runs = 0, operands.split()[-1] == "0x1"
+        count += op.startswith("MUFU.EX2")
+    return most
+
+
 def wanted(table, name):
     return next((n for pattern, n in table.items() if re.fullmatch(pattern, name)), None)
 
@@ -103,8 +118,9 @@ def main():
         if need:
             seen.add(name)
             own, other = (sum(op.startswith(kind) for op in ops) for kind in ("HGMMA", "HMMA"))
-            facts.append(f"{own} HGMMA of {need}, {other} HMMA of 0")
-            if own != need or other:
+            beside = overlapped(code)
+            facts.append(f"{own} HGMMA of {need}, {other} HMMA of 0, {beside} e^x beside P V of {OVERLAPPED}")
+            if own != need or other or beside < OVERLAPPED:
                 bad.append(f"{gpu} {name}")
         if facts:
             print(f"{gpu:<8} {name:<28} {len(code):>5} instructions; {'; '.join(facts)}")
