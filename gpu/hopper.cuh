@@ -1,9 +1,9 @@
 // hopper.cuh - attention of many rows on Hopper (H100, H200, GH200): what prefill_attention of attention.cuh computes,
 // with instructions that only compute capability 9.0 has.
 //
-// The plain kernel is limited by its warps: they issue every copy and every small product themselves, and FlashAttention-2,
-// which it follows, reaches 335 TFLOP/s on an H100. Two instructions lift that limit, and FlashAttention-3 (Shah et al.,
-// arXiv 2407.08608) reaches 600 with them:
+// The plain kernel is limited by its warps: they issue every copy and every small product themselves, and
+// FlashAttention-2, which it follows, reaches 335 TFLOP/s on an H100. Two instructions lift that limit, and
+// FlashAttention-3 (Shah et al., arXiv 2407.08608) reaches 600 with them:
 //   - a bulk tensor copy (TMA): one thread asks for a whole tile, and a barrier in shared memory says when it is there;
 //   - a warpgroup product (wgmma): four warps multiply 64 rows by a tile that stays in shared memory. It runs in the
 //     background, so that the softmax of one tile is computed during the products of another.
@@ -21,8 +21,8 @@ constexpr int warpgroup = 128;                        // threads
 constexpr int hopper_threads = 3 * warpgroup;         // one that copies, two that compute 64 rows each
 
 // A block's shared memory. A tile of 128 rows lies as E / 64 halves [128][64], as the copy engine writes it: the
-// eight 16-byte pieces of a half's row are permuted by the row's number ("128-byte swizzle"), so that reading a column of
-// pieces meets every bank once. This needs tiles that begin at multiples of 1024 bytes.
+// eight 16-byte pieces of a half's row are permuted by the row's number ("128-byte swizzle"), so that reading a column
+// of pieces meets every bank once. This needs tiles that begin at multiples of 1024 bytes.
 template <int E>
 struct HopperShared {
   static constexpr int tile_bytes = 128 * E * int(sizeof(bf16)), half_bytes = 128 * 64 * int(sizeof(bf16));
@@ -65,8 +65,8 @@ DEVICE void mask(float (&score)[64], int visible) {
     if (i / 4 * 8 + int(threadIdx.x) % 4 * 2 + i % 2 >= visible + i / 2 % 2 * 8) score[i] = -INFINITY;
 }
 
-// The running softmax of one more tile: scores become weights 2^((score - row_max) scale), unnormalised, and `factor` is
-// what all earlier weights must be multiplied by because row_max has grown.
+// The running softmax of one more tile: scores become weights 2^((score - row_max) scale), unnormalised, and `factor`
+// is what all earlier weights must be multiplied by because row_max has grown.
 DEVICE void softmax(float (&score)[64], float (&row_max)[2], float (&sum)[2], float (&factor)[2], float scale) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -107,13 +107,12 @@ DEVICE void rescale(float (&out)[N], const float (&factor)[2]) {
 // q: tensor map of [n, h, E]; k, v: of the slots in use, seen + n - 1, of [g, capacity, E]. Maps end there, so the copy
 // engine writes zeros for what lies beyond: nothing past the last slot is read, and 0 * NaN cannot arise.
 //
-// A block takes 128 rows of one query head and goes through the slots in tiles of 128, from the diagonal backwards. Grid: h, then blocks of rows,
-// the last rows first, because they see most. One warpgroup copies: a single thread keeps two tiles of keys and two of
-// values on their way. Two warpgroups compute, 64 rows each. Each starts the scores of the next tile and P V of this one
-// together, and computes the softmax of those scores while P V runs. They take turns in starting products, so that one's
-// softmax falls into the other's products: e^x is the second limit, at 4096 FLOPs a cycle of the tensor cores against 16
-// exponentials.
-// Bound by the tensor cores: 4 h E FLOPs a row and slot.
+// A block takes 128 rows of one query head and goes through the slots in tiles of 128, from the diagonal backwards.
+// Grid: h, then blocks of rows, the last rows first, because they see most. One warpgroup copies: a single thread keeps
+// two tiles of keys and two of values on their way. Two warpgroups compute, 64 rows each. Each starts the scores of the
+// next tile and P V of this one together, and computes the softmax of those scores while P V runs. They take turns in
+// starting products, so that one's softmax falls into the other's products: e^x is the second limit, at 4096 FLOPs a
+// cycle of the tensor cores against 16 exponentials. Bound by the tensor cores: 4 h E FLOPs a row and slot.
 template <int E>
 __global__ void __launch_bounds__(hopper_threads, 1)
     prefill_attention_hopper(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,

@@ -51,7 +51,7 @@ void arrived(context::transfer_t t) {
 #endif
 }
 
-void go_to(Fiber& to) {
+void switch_to(Fiber& to) {
   Fiber* from = std::exchange(running, &to);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(&from->fake_stack, to.stack, to.stack_bytes);
@@ -236,7 +236,7 @@ void resume(Warp& w, Lane& l) {
   threadIdx = l.index;
   if (block.lane == &l && running == &l.fiber) return;
   block.lane = &l;
-  go_to(l.fiber);
+  switch_to(l.fiber);
 }
 
 Lane& next_lane(Warp& w) {
@@ -298,7 +298,7 @@ bool land_a_tile() {
 }
 
 // Gives the processor away; comes back when this thread can go on.
-void pass_on() {
+void yield() {
   Lane* me = block.lane;
   Warp* w = block.warp;
   if (!block.tile_copies.empty() && block.random() % 4 == 0) land_a_tile();
@@ -309,7 +309,7 @@ void pass_on() {
   }
   while (!w && land_a_tile()) w = next_warp();
   if (w) resume(*w, next_lane(*w));
-  else go_to(host);
+  else switch_to(host);
   if (block.lane != me) fault("the emulator resumed the wrong thread");
 }
 
@@ -317,7 +317,7 @@ void wait(State state, Where where) {
   block.lane->state = state;
   block.lane->where = where;
   block.warp->ready &= ~(1u << (threadIdx.x % 32));
-  pass_on();
+  yield();
 }
 
 void park(const char* what, std::vector<Waiting>& waiting, Where where) {
@@ -343,7 +343,7 @@ void thread_body(context::transfer_t t) {
       block.error = std::current_exception();
       block.lane->state = State::done;
     }
-    if (block.error) go_to(host);
+    if (block.error) switch_to(host);
   }
 }
 
@@ -709,7 +709,7 @@ void set_registers(int count, bool up, Where where) {
 Queue::Queue() { queues.push_back(this); }
 Queue::~Queue() { std::erase(queues, this); }
 
-void Queue::give(Operation o) {
+void Queue::enqueue(Operation o) {
   if (recording) return recording->push_back(std::move(o));
   if (o.issue) o.issue();
   work.push_back(std::move(o));
@@ -828,7 +828,7 @@ Products::~Products() noexcept(false) {
   });
 }
 
-static NamedBarrier& come(const char* what, int id, int threads, Where where) {
+static NamedBarrier& join_named(const char* what, int id, int threads, Where where) {
   const std::string here = std::string(what) + " at " + place(where) + ": ";
   if (id < 1 || id > 15) fault(here + "barrier " + std::to_string(id) + " of 1 to 15");
   if (threads < 32 || threads % 32 || size_t(threads) > block.n * 32)
@@ -842,14 +842,14 @@ static NamedBarrier& come(const char* what, int id, int threads, Where where) {
 }
 
 void named_barrier_wait(int id, int threads, Where where) {
-  NamedBarrier& b = come("named_barrier_wait", id, threads, where);
+  NamedBarrier& b = join_named("named_barrier_wait", id, threads, where);
   if (b.come < threads) return park("named_barrier_wait", b.waiting, where);
   b.come = 0;
   unpark(b.waiting);
 }
 
 void named_barrier_arrive(int id, int threads, Where where) {
-  NamedBarrier& b = come("named_barrier_arrive", id, threads, where);
+  NamedBarrier& b = join_named("named_barrier_arrive", id, threads, where);
   if (b.come < threads) return;
   b.come = 0;
   unpark(b.waiting);
@@ -927,7 +927,7 @@ void* device_allocate(size_t bytes, Where where) {
   forbid_recording("device_allocate", where);
   if (bytes > options.memory - allocated_bytes)
     throw Error(1, "GPU memory",
-                std::to_string(bytes >> 20) + " MiB asked for, " +
+                std::to_string(bytes >> 20) + " MiB needed, " +
                     std::to_string((options.memory - allocated_bytes) >> 20) + " MiB free",
                 "use a smaller -c, -n or --chunk, or a GPU that is free");
   const size_t whole = (bytes + 2 * allocation_zone + 255) / 256 * 256;
@@ -964,32 +964,32 @@ void synchronize(const Stream& s, Where where) {
 }
 
 void copy_to_device(void* to, const void* from, size_t bytes, const Stream& s, Where where) {
-  s.queue().give({nullptr, [=] {
-                    need_device_memory("copy_to_device", to, bytes, where);
-                    std::memcpy(to, from, bytes);
-                  }});
+  s.queue().enqueue({nullptr, [=] {
+                       need_device_memory("copy_to_device", to, bytes, where);
+                       std::memcpy(to, from, bytes);
+                     }});
 }
 void copy_to_host(void* to, const void* from, size_t bytes, const Stream& s, Where where) {
-  s.queue().give({[=] {
-                    if (options.adversarial) std::memset(to, canary, bytes);
-                  },
-                  [=] {
-                    need_device_memory("copy_to_host", from, bytes, where);
-                    std::memcpy(to, from, bytes);
-                  }});
+  s.queue().enqueue({[=] {
+                       if (options.adversarial) std::memset(to, canary, bytes);
+                     },
+                     [=] {
+                       need_device_memory("copy_to_host", from, bytes, where);
+                       std::memcpy(to, from, bytes);
+                     }});
 }
 void copy_on_device(void* to, const void* from, size_t bytes, const Stream& s, Where where) {
-  s.queue().give({nullptr, [=] {
-                    need_device_memory("copy_on_device", to, bytes, where);
-                    need_device_memory("copy_on_device", from, bytes, where);
-                    std::memcpy(to, from, bytes);
-                  }});
+  s.queue().enqueue({nullptr, [=] {
+                       need_device_memory("copy_on_device", to, bytes, where);
+                       need_device_memory("copy_on_device", from, bytes, where);
+                       std::memcpy(to, from, bytes);
+                     }});
 }
 void fill_bytes(void* to, int byte, size_t bytes, const Stream& s, Where where) {
-  s.queue().give({nullptr, [=] {
-                    need_device_memory("fill_bytes", to, bytes, where);
-                    std::memset(to, byte, bytes);
-                  }});
+  s.queue().enqueue({nullptr, [=] {
+                       need_device_memory("fill_bytes", to, bytes, where);
+                       std::memset(to, byte, bytes);
+                     }});
 }
 
 static void product(float* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta) {
@@ -1010,21 +1010,21 @@ static void need_operands(const void* y, size_t size, const bf16* x, const bf16*
 
 void Blas::gemm(float* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta, Where where) {
   if (n == 0) return;
-  stream_.queue().give({nullptr, [=] {
-                          need_operands(y, sizeof *y, x, w, n, in, out, where);
-                          product(y, x, w, n, in, out, beta);
-                        }});
+  stream_.queue().enqueue({nullptr, [=] {
+                             need_operands(y, sizeof *y, x, w, n, in, out, where);
+                             product(y, x, w, n, in, out, beta);
+                           }});
 }
 
 void Blas::gemm(bf16* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta, Where where) {
   if (n == 0) return;
-  stream_.queue().give({nullptr, [=] {
-                          need_operands(y, sizeof *y, x, w, n, in, out, where);
-                          std::vector<float> wide(n * out);
-                          for (size_t i = 0; beta != 0 && i < wide.size(); ++i) wide[i] = widen(y[i]);
-                          product(wide.data(), x, w, n, in, out, beta);
-                          for (size_t i = 0; i < wide.size(); ++i) y[i] = round_bf16(wide[i]);
-                        }});
+  stream_.queue().enqueue({nullptr, [=] {
+                             need_operands(y, sizeof *y, x, w, n, in, out, where);
+                             std::vector<float> wide(n * out);
+                             for (size_t i = 0; beta != 0 && i < wide.size(); ++i) wide[i] = widen(y[i]);
+                             product(wide.data(), x, w, n, in, out, beta);
+                             for (size_t i = 0; i < wide.size(); ++i) y[i] = round_bf16(wide[i]);
+                           }});
 }
 
 }  // namespace speed

@@ -1,12 +1,12 @@
-// emulator.h - the other body of gpu/cuda.cuh: CUDA kernels on a CPU, for tests. Contracts stand in gpu/cuda.cuh.
+// emulator.h - the other body of gpu/cuda.cuh: CUDA kernels on a CPU, for tests. Contracts are in gpu/cuda.cuh.
 //
-// A block's threads are fibers (Boost.Context) on one thread of the host. They change places only inside the wrappers:
-// a thread that reaches a barrier, a shuffle or a tensor-core product waits until all that must come have come; the
-// last one computes for the warp. What no GPU would promise is an error with the kernel, the block, the threads and the
-// line: a barrier that some never reach, lanes of a warp at different lines, addresses outside the shared memory asked
-// for or outside device memory, 16-byte accesses that are not aligned, words written just outside an allocation.
+// A block's threads are fibers (Boost.Context) on one thread of the host. They switch only inside the wrappers: a
+// thread that reaches a barrier, a shuffle or a tensor-core product waits for the others; the last to arrive computes
+// for all. Undefined behaviour is an error with the kernel, the block, the threads and the line: a barrier that some
+// never reach, lanes of a warp at different lines, addresses outside the block's shared memory or outside device
+// memory, 16-byte accesses that are not aligned, words written just outside an allocation.
 //
-// A GPU may do things late and in any order. The adversarial mode does:
+// A GPU may do things late and in any order. The adversarial mode does, as late and as oddly as it is allowed:
 //   - copy_async_16 fills its destination with NaN and copies only in the copy_async_wait that must cover it;
 //   - copy_tile fills its destination with NaN and copies at some later moment, when threads change places;
 //   - warpgroup products fill their results with NaN and read their operands only in the products_wait that must cover
@@ -111,7 +111,7 @@ void set_registers(int count, bool up, Where where);
 void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Where where,
               const std::function<void()>& body);
 
-// Work given to a stream: `issue` happens at once, `run` when somebody waits.
+// Work queued on a stream: `issue` happens at once, `run` when somebody waits.
 struct Operation {
   std::function<void()> issue, run;
 };
@@ -120,8 +120,8 @@ struct Queue {
   std::vector<Operation>* recording = nullptr;  // a graph's, while it is made
   Queue();
   ~Queue();
-  void give(Operation o);
-  void drain();  // carries out all that was given
+  void enqueue(Operation o);
+  void drain();  // runs all that is queued
 };
 
 }  // namespace emulator
@@ -320,7 +320,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, La
     emulator::run_grid(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, where,
                        [&] { std::apply(kernel, given); });
   };
-  s.stream.queue().give({nullptr, run});
+  s.stream.queue().enqueue({nullptr, run});
 }
 
 class Graph {
@@ -337,7 +337,7 @@ class Graph {
   }
   explicit operator bool() const { return !work_.empty(); }
   void run(const Stream& s, Where = Where::current()) const {
-    for (const emulator::Operation& o : work_) s.queue().give(o);
+    for (const emulator::Operation& o : work_) s.queue().enqueue(o);
   }
 
  private:
@@ -350,7 +350,7 @@ class Event {
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   void record(const Stream& s, Where = Where::current()) {
-    s.queue().give({nullptr, [t = time_] { *t = std::chrono::steady_clock::now(); }});
+    s.queue().enqueue({nullptr, [t = time_] { *t = std::chrono::steady_clock::now(); }});
   }
   double seconds_since(const Event& start, Where = Where::current()) const {
     return std::chrono::duration<double>(*time_ - *start.time_).count();

@@ -750,7 +750,7 @@ TEST_CASE("streams are late, graphs repeat", "[emulator]") {
   CHECK_THROWS_WITH(Graph(s, [&] { device_allocate(16); }), Contains("while a graph is recorded"));
   copy_to_device(y.get() + 1, source.data(), threads * 4, s);
   CHECK_THROWS_WITH(synchronize(s), Contains("copy_to_device (test_emulator.cpp:") && Contains("not in device memory"));
-  CHECK_THROWS_WITH(device_allocate(size_t(1) << 40), Contains("1048576 MiB asked for"));
+  CHECK_THROWS_WITH(device_allocate(size_t(1) << 40), Contains("1048576 MiB needed"));
 }
 
 TEST_CASE("small operations of the emulator", "[emulator]") {

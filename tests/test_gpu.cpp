@@ -1,12 +1,12 @@
-// Every CUDA kernel against its definition in cpu/cpu.h, and whole models through `Gpu` against `Cpu`.
+// Every CUDA kernel against its definition in cpu/reference.h, and whole models through `Gpu` against `Cpu`.
 //
-// g++ compiles this file with the emulator (emulator.h), and `make test` runs it on a CPU; nvcc compiles the same text,
-// and `make gpu-check` runs it on a GPU. The emulator shows wrong arithmetic, layouts, bounds, barriers and waits. It
-// does not show
-//   - a missing memory fence, or anything else that needs two threads at one moment: its threads take turns;
-//   - the hazards of registers and of asynchronous instructions that ptxas must get right, and what it spills;
+// g++ compiles this file with the emulator (emulator.h), and `make test` runs it on a CPU; nvcc compiles the same file,
+// and `make gpu-check` runs it on a GPU. The emulator finds wrong arithmetic, layouts, bounds, barriers and waits. It
+// cannot find
+//   - a missing memory fence, or anything else that needs two threads at the same moment: its threads take turns;
+//   - hazards of registers and asynchronous instructions that ptxas must resolve (wgmma.fence among them), and spills;
 //   - how the tensor cores order and round their sums: here one after another, in fp32;
-//   - launches and copies that a real driver refuses, more memory than it has, how kernels share a GPU;
+//   - launches, copies and tensor maps that a real driver refuses, more memory than it has, how kernels share a GPU;
 //   - speed.
 //
 // Tolerances. u = 2^-8 bounds the relative error of rounding to bf16, e = 2^-24 that of rounding to fp32; a sum of n
@@ -261,11 +261,11 @@ TEST_CASE("a single row's queries, keys, values and gate", "[gpu]") {
         cv(s, heads * capacity * E);
     OnDevice<float> cos(s, angles.cos), sin(s, angles.sin);
     OnDevice<uint32_t> begin(s, std::vector<uint32_t>{3});
-    matvec(s, kernel::Queries{q.get(), dk.get(), cos.get(), sin.get(), int(in), int(heads), int(E)}, x.get(), int(in),
+    matvec(s, kernel::ProjectQ{q.get(), dk.get(), cos.get(), sin.get(), int(in), int(heads), int(E)}, x.get(), int(in),
            out / 2);
     matvec(s,
-           kernel::KeysValues{ck.get(), cv.get(), capacity, begin.get(), 2, dk.get(), dv.get(), cos.get(), sin.get(),
-                              int(in), int(heads), int(E)},
+           kernel::ProjectKV{ck.get(), cv.get(), capacity, begin.get(), 2, dk.get(), dv.get(), cos.get(), sin.get(),
+                             int(in), int(heads), int(E)},
            x.get(), int(in), out);
     auto ref = row.times(wk);
     const auto raw = ref, slack = row.slack(wk), ref_v = row.times(wv), slack_v = row.slack(wv);
@@ -291,7 +291,7 @@ TEST_CASE("a single row's queries, keys, values and gate", "[gpu]") {
     CHECK(error(v, ref_v, [&](size_t i) { return u * std::abs(ref_v[i]) + slack_v[i]; }) < 1);
 
     OnDevice<bf16> y(s, out + 1);
-    matvec(s, kernel::Gated{y.get(), dk.get(), dv.get(), int(in), int(out)}, x.get(), int(in), out);
+    matvec(s, kernel::GateUp{y.get(), dk.get(), dv.get(), int(in), int(out)}, x.get(), int(in), out);
     auto gated = raw;
     reference::swiglu(gated.data(), ref_v.data(), out);
     const auto gy = y.read();
@@ -312,7 +312,8 @@ struct AttentionCase {
 
 constexpr int prefill = 0, hopper = -1;  // instead of a number of slices
 
-// One case of attention at head_dim E, by a kernel for many rows or by decode_attention and join_parts with `slices`.
+// One case of attention at head_dim E, by a kernel for many rows or by decode_attention and combine_slices with
+// `slices`.
 //
 // Weights are rounded to bf16 before they meet the values, so each term p v is wrong by at most u |p v|, and the
 // result, rounded once more, by u |o|. Scores are sums of E products in fp32, wrong by at most E e |q| |k| / sqrt(E),
@@ -357,7 +358,8 @@ void attention_case(const AttentionCase& c, int slices) {
     launch(kernel::decode_attention<E>, dim3(slices, unsigned(c.kv_heads), unsigned(c.n)), kernel::decode_threads,
            kernel::decode_shared_bytes<E>, s, parts.get(), dq.get(), dk.get(), dv.get(), capacity, begin.get(), 1,
            c.heads, scale);
-    launch(kernel::join_parts, dim3(unsigned(c.heads), unsigned(c.n)), E, 0, s, o.get(), parts.get(), slices, E, scale);
+    launch(kernel::combine_slices, dim3(unsigned(c.heads), unsigned(c.n)), E, 0, s, o.get(), parts.get(), slices, E,
+           scale);
     synchronize(s);
   } else {
     launch(kernel::prefill_attention<E>, dim3(unsigned(c.heads), blocks(c.n, kernel::prefill_rows)),
@@ -426,7 +428,7 @@ TEST_CASE("attention of few rows over slices of the cache", "[gpu]") {
   });
 }
 
-TEST_CASE("the likeliest token", "[gpu]") {
+TEST_CASE("the most likely token", "[gpu]") {
   Random random(fresh(7));
   Stream s;
   for (size_t vocab : {8, 31, 1000, 49152}) {
@@ -435,8 +437,8 @@ TEST_CASE("the likeliest token", "[gpu]") {
     OnDevice<int> id(s, 1);
     auto best = [&] {
       OnDevice<float> l(s, logits);
-      launch(kernel::arg_max_parts, 64, 128, 4 * sizeof(kernel::Best), s, parts.get(), l.get(), vocab);
-      launch(kernel::arg_max_join, 1, 64, 2 * sizeof(kernel::Best), s, id.get(), parts.get());
+      launch(kernel::arg_max_partial, 64, 128, 4 * sizeof(kernel::Best), s, parts.get(), l.get(), vocab);
+      launch(kernel::arg_max_combine, 1, 64, 2 * sizeof(kernel::Best), s, id.get(), parts.get());
       return id.read()[0];
     };
     CHECK(best() == arg_max(logits.data(), vocab));

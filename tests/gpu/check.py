@@ -1,20 +1,23 @@
-"""What only a GPU can show, in one command: `make gpu-check`. Builds, runs, and writes docs/gpu/check.{json,md}.
+"""What only a GPU can show, in one command: `make gpu-check`, which builds, runs this, and leaves docs/gpu/check.{json,md}.
 
-    check.py [--out FOLDER] [--only STEP,...] [--seed N] [--device cpu]
+    check.py [--minutes N] [--out FOLDER] [--only STEP,...] [--seed N] [--device cpu]
 
 SPEED: the program (default ./speed), TESTS: tests/test_gpu.cpp built by nvcc (default build-gpu/tests), SPEED_MODEL:
-the exported SmolLM2. Needs an NVIDIA GPU; the comparison with Hugging Face also torch and transformers, the memory
-checks compute-sanitizer. What a machine cannot do is skipped, and the report says so. A step that fails makes the exit
-status 1, and the others still run. Under eight minutes. --device cpu tries the script itself where there is no GPU.
+the exported SmolLM2; where SPEED and TESTS are given, `make gpu-check` builds nothing. Needs an NVIDIA GPU; the
+comparison with Hugging Face also torch and transformers, the memory checks compute-sanitizer. What a machine cannot do
+is skipped, and the report says so. A step that fails makes the exit status 1, and the others still run. A step starts
+only if its share of the minutes (8) is left; the report is written after each. --device cpu tries the script itself
+where there is no GPU.
 
 Steps
-  kernels    every kernel against cpu.h on fresh random inputs, outputs poisoned; whole models and laws (test_gpu.cpp)
+  kernels    every kernel against cpu/reference.h on fresh random inputs, outputs poisoned; whole models and laws (test_gpu.cpp)
   repeat     the same logits and the same text twice, bit for bit
   laws       K = L, and all caches kept, equal full depth bit for bit through the program
   hf         logits beside Hugging Face in fp32 on this GPU, under every policy. Hugging Face in bf16 stands in the same
              distance to it: Kullback-Leibler divergence and how often the likeliest token is another one. Ours must not
              be larger. (Counts of other tokens are compared within two of their standard deviations.)
-  sanitizer  memcheck, racecheck, synccheck, initcheck over the kernels, the small model and one with heads of 128
+  sanitizer  memcheck, racecheck, synccheck, initcheck over the kernels, the small model and one with heads of 128. Only
+             our own kernels: of cuBLAS's it reports errors that are none
 """
 import argparse
 import json
@@ -34,8 +37,8 @@ from places import ROOT, SMOLLM2, SPEED  # noqa: E402
 TESTS = os.environ.get("TESTS", str(ROOT / "build-gpu" / "tests"))
 SMALL = ROOT / "models" / "small.safetensors"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-MINUTES = 8  # for all steps together; the memory checks, which come last and take longest, get what is left
-STEPS = ("kernels", "repeat", "laws", "hf", "sanitizer")
+# In this order, each with the seconds it needs at least; the memory checks, which take longest, get what is left.
+STEPS = {"kernels": 20, "repeat": 15, "laws": 20, "hf": 40, "sanitizer": 20}
 QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is resane. What is Feta?"
 
 # Heads of 128, four queries to a key as in Llama-3.1-8B, in a model that takes a second to make; one with SwiftKV and
@@ -55,6 +58,10 @@ class Skip(Exception):
 
 class Failed(Exception):
     pass
+
+
+def seconds_left(args):
+    return args.began + args.minutes * 60 - time.time()
 
 
 def run(*command, timeout=240, **more):
@@ -178,8 +185,13 @@ def hf(report, args, work):
         raise Skip("torch sees no GPU")
     torch.backends.cuda.matmul.allow_tf32 = False
     report["torch"], report["cases"], bad = torch.__version__, [], []
+    # The last one, two layers of Llama-3.1-8B's size, is made only when it is its turn: 20 s and 2 GB.
     for model, count, split in ((SMALL, 400, 100), (SMOLLM2, 1000, 400), (work["head128"], 600, 200),
                                 (work["swiftkv"], 600, 200), (work["llama"], 600, 200)):
+        if seconds_left(args) < 20:
+            report["cases"].append({"model": getattr(model, "name", "llama-3.1-8b-layers"),
+                                    "skipped": f"the {args.minutes:g} minutes are over"})
+            continue
         if callable(model):
             model = model()
         if not model.exists():
@@ -229,12 +241,13 @@ def sanitizer(report, args, work):
     report["tools"], bad = {}, []
     for name in TOOLS:
         for target, command in targets.items():
-            left = args.began + MINUTES * 60 - time.time()
+            left = seconds_left(args)
             if left < 5:
-                report["tools"][f"{name} {target}"] = f"skipped: the {MINUTES} minutes are over"
+                report["tools"][f"{name} {target}"] = f"skipped: the {args.minutes:g} minutes are over"
                 continue
             try:
-                out, code = run(tool, "--tool", name, "--error-exitcode", 99, *command, timeout=min(90, left))
+                out, code = run(tool, "--tool", name, "--kernel-regex", "kns=5speed", "--error-exitcode", 99, *command,
+                                timeout=min(90, left))
             except Failed as error:
                 report["tools"][f"{name} {target}"] = f"skipped: {error}"
                 continue
@@ -297,6 +310,7 @@ def markdown(record):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=8, help="for all steps together")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu")
     parser.add_argument("--only", default=",".join(STEPS), help="steps, as kernels,hf")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -322,6 +336,8 @@ def main():
                 continue
             report, start = {}, time.time()
             try:
+                if seconds_left(args) < STEPS[name]:
+                    raise Skip(f"{max(0, seconds_left(args)):.0f} s are left, it needs {STEPS[name]}")
                 globals()[name](report, args, work)
                 report["result"] = "passed"
             except Skip as why:
@@ -334,9 +350,9 @@ def main():
             report["seconds"] = round(time.time() - start, 1)
             record["steps"][name] = report
             print(f"gpu-check: {name}: {report['result']} ({report['seconds']:.0f} s)", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "check.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "check.md").write_text(markdown(record))
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "check.json").write_text(json.dumps(record, indent=1) + "\n")
+            (args.out / "check.md").write_text(markdown(record))
     print(f"gpu-check: report in {args.out}/check.md")
     return any(step["result"].startswith("FAILED") for step in record["steps"].values())
 
