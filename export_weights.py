@@ -5,12 +5,14 @@ CHECKPOINT is a Hugging Face folder (config.json, tokenizer.json, *.safetensors 
 OUT holds everything in one .safetensors container: weights in bf16 under Hugging Face's names, and in the header's
 metadata the config, the tokenizer's rules and the chat template's turn marks, each as JSON.
 
-A checkpoint that the engine would compute wrongly is refused by the name of the feature. Needs numpy, jinja2 for a chat
-template, gguf for a GGUF file.
+A checkpoint with a feature that the engine lacks is refused, and the message names the feature. Needs numpy; jinja2 for
+a chat template; gguf for a GGUF file.
 """
+
 import signal
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends it, until there is something to tidy up
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: there is nothing to clean up yet
 
 import argparse
 import json
@@ -19,7 +21,9 @@ import os
 import re
 import sys
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import numpy as np
@@ -34,15 +38,16 @@ from checkpoint.folder import read_folder
 from checkpoint.gguf_file import read_gguf
 
 FORMAT = "speed 1"
-ALIGNMENT = 64        # of the first tensor, in bytes
-CHUNK = 1 << 22       # elements converted at a time: memory stays small whatever the model's size
+ALIGNMENT = 64  # of the first tensor, in bytes
+CHUNK = 1 << 22  # elements converted at a time, so that a large model needs no more memory than a small one
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
+
 def select_tensors(config, tensors, extra):
-    """The weights to write, name -> (shape, rows) in order. Missing, misshapen and unknown ones are errors; sets
-    config["swiftkv"]["original_projections"]."""
+    """The weights to write, name -> Weight, in order. A weight that is missing, of the wrong shape or unknown is an
+    error. Sets config["swiftkv"]["original_projections"]."""
     shapes, originals = expected_tensors(config)
     if originals:
         config["swiftkv"]["original_projections"] = any(name in tensors for name in originals)
@@ -51,39 +56,45 @@ def select_tensors(config, tensors, extra):
     for name, shape in shapes.items():
         if name not in tensors:
             raise Failure(f"{name}: missing in the checkpoint; get the whole checkpoint")
-        if tensors[name][0] != shape:
-            raise Failure(f"{name}: expected the shape {list(shape)} by the config, got {list(tensors[name][0])}; "
-                          "use the config that belongs to the weights")
+        if tensors[name].shape != shape:
+            raise Failure(
+                f"{name}: expected the shape {list(shape)} by the config, got {list(tensors[name].shape)}; "
+                "use the config that belongs to the weights"
+            )
     for name in tensors.keys() - shapes.keys():
         if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
-            continue  # a buffer old versions of transformers saved; it follows from the config
+            continue  # old versions of transformers saved this buffer; it follows from the config
         if name == "model.norm_swiftkv.weight" and not config["swiftkv"]:
-            continue  # part of every SwiftKV model, unused when all layers have keys and values of their own
+            continue  # every SwiftKV model has it; not used if all layers have keys and values of their own
         if name == "lm_head.weight":
-            embedding = tensors["model.embed_tokens.weight"]
-            if tensors[name][0] == embedding[0] and \
-                    all(np.array_equal(tensors[name][1](i, i + 1024), embedding[1](i, i + 1024))
-                        for i in range(0, embedding[0][0], 1024)):
+            head, embedding = tensors[name], tensors["model.embed_tokens.weight"]
+            if head.shape == embedding.shape and all(
+                np.array_equal(head.rows(i, i + 1024), embedding.rows(i, i + 1024))
+                for i in range(0, embedding.shape[0], 1024)
+            ):
                 continue
             raise unsupported("tie_word_embeddings with a head that differs from the embedding")
         raise unsupported(f"the tensor {name}")
     half = (config["head_dim"] // 2,)
     divisors = extra.get("rope.freq_divisors")
     if divisors is not None and (divisors.shape != half or not np.all(np.isfinite(divisors) & (divisors > 0))):
-        raise Failure(f"rope_freqs.weight: expected {half[0]} positive numbers, got the shape {list(divisors.shape)}; "
-                      "get the file again")
+        raise Failure(
+            f"rope_freqs.weight: expected {half[0]} positive numbers, got the shape {list(divisors.shape)}; "
+            "get the file again"
+        )
     return {name: tensors[name] for name in shapes}
 
 
 class Rounding:
-    """Rounds to bf16 (round to nearest, ties to even) and keeps account of what that changed."""
+    """Rounds to bf16 (to nearest, ties to even), and counts how many values that changed and by how much."""
 
     def __init__(self):
         self.values = self.changed = 0
         self.error2 = self.norm2 = 0.0
 
     def __call__(self, x, name):
-        """x: float32, float16, or uint16 holding bf16. Returns uint16 holding bf16. NaN, Inf, overflow: errors."""
+        """x: float32, float16, or uint16 that holds bf16. Returns uint16 that holds bf16. NaN, Inf and overflow are
+        errors."""
         if x.dtype == np.uint16:
             if np.any((x & 0x7F80) == 0x7F80):
                 raise Failure(f"{name}: holds NaN or Inf; the checkpoint is broken, get it again")
@@ -109,7 +120,7 @@ class Rounding:
 
 
 def weight_chunks(name, shape, rows, head_dim, rounding):
-    """The tensor in bf16, piece by piece. Pieces are whole heads, so that a permutation in a head stays inside one."""
+    """The tensor in bf16, in pieces. Each piece holds whole heads, because the rows of a head may be permuted."""
     step = max(1, CHUNK // (math.prod(shape[1:]) * head_dim)) * head_dim
     for a in range(0, shape[0], step):
         yield rounding(rows(a, min(a + step, shape[0])), name)
@@ -117,9 +128,19 @@ def weight_chunks(name, shape, rows, head_dim, rounding):
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
+
+class Entry(NamedTuple):
+    """A tensor to write. Its data is the chunks, one after the other."""
+
+    name: str
+    dtype: str
+    shape: tuple
+    chunks: Iterable
+
+
 def write_file(out, metadata, entries):
-    """Writes a .safetensors file: entries are (name, dtype, shape, chunks). It appears under its name only when it is
-    complete, on the disk, and reads back as it was written. Returns its size in bytes."""
+    """Writes a .safetensors file and returns its size in bytes. The file gets its name only when it is complete and on
+    the disk, and reads back as it was written."""
     header, position = {"__metadata__": metadata}, 0
     for name, dtype, shape, _ in entries:
         end = position + math.prod(shape) * WIDTH[dtype]
@@ -144,17 +165,18 @@ def write_file(out, metadata, entries):
             file.flush()
             os.fsync(file.fileno())
         back = Safetensors(part)
-        for name, dtype, shape, _ in entries:
-            _, got, begin, end = back.tensors[name]
+        for entry in entries:
+            name, stored = entry.name, back.tensors[entry.name]
             check = 0
-            for at in range(begin, end, CHUNK):
-                check = zlib.crc32(back.read(at, min(at + CHUNK, end)), check)
-            if got != tuple(shape) or check != checks[name]:
+            for at in range(stored.begin, stored.end, CHUNK):
+                check = zlib.crc32(back.read(at, min(at + CHUNK, stored.end)), check)
+            if stored.shape != tuple(entry.shape) or check != checks[name]:
                 raise Failure(f"{out}: {name} does not read back as written; check the disk")
         os.replace(part, out)
         size = back.size
         del back
-        with open(out, "rb") as file:  # out of the page cache: the engine's first reading brings it back in large pages
+        # The file leaves the page cache, so that the engine's first read brings it back in large pages.
+        with open(out, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return size
     finally:
@@ -169,8 +191,9 @@ def show_progress(done, total):
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
+
 def export(checkpoint, out, tokenizer_only):
-    """Exports and returns the summary, a list of lines."""
+    """Exports the checkpoint. Returns the lines of the summary."""
     if not checkpoint.exists():
         raise Failure(f"{checkpoint}: no such file or folder; give a Hugging Face folder or a .gguf file", 2)
     if out.is_dir() or not out.parent.is_dir():
@@ -182,28 +205,37 @@ def export(checkpoint, out, tokenizer_only):
     folder = checkpoint.is_dir()
     if not folder and not checkpoint.is_file():
         raise Failure(f"{checkpoint}: not a regular file; give a Hugging Face folder or a .gguf file", 2)
-    config, generation, tokenizer, tensors, extra = (read_folder if folder else read_gguf)(checkpoint, tokenizer_only)
+    source = (read_folder if folder else read_gguf)(checkpoint, tokenizer_only)
+    tokenizer, extra = source.tokenizer, source.extra
     name = one_line(checkpoint.resolve().name if folder else checkpoint.stem)
     rounding = Rounding()
     if tokenizer_only:
-        config, weights = tokenizer_config(config, generation, tokenizer, name), {}
+        config, weights = tokenizer_config(source.config, source.generation, tokenizer, name), {}
     else:
-        config = check_config(config, generation, name)
-        weights = select_tensors(config, tensors, extra)
+        config = check_config(source.config, source.generation, name)
+        weights = select_tensors(config, source.tensors, extra)
     chat = recognise_chat(tokenizer)
     words = tokenizer.tensors(config["vocab_size"])
-    metadata = {"format": FORMAT, "config": json.dumps(config), "tokenizer": json.dumps(tokenizer.metadata()),
-                "chat": json.dumps(chat)}
-    # widest dtypes first, so that every tensor is aligned
-    entries = [(n, "U32", words[n].shape, [words[n]]) for n in ("tokenizer.offsets", "tokenizer.merges")]
-    entries += [(n, "F32", x.shape, [x]) for n, x in extra.items()]
-    entries += [(n, "BF16", shape, weight_chunks(n, shape, rows, config["head_dim"], rounding))
-                for n, (shape, rows) in weights.items()]
-    entries += [("tokenizer.bytes", "U8", words["tokenizer.bytes"].shape, [words["tokenizer.bytes"]])]
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "tokenizer": json.dumps(tokenizer.metadata()),
+        "chat": json.dumps(chat),
+    }
+    # The widest dtypes come first, so that every tensor is aligned.
+    entries = [Entry(n, "U32", words[n].shape, [words[n]]) for n in ("tokenizer.offsets", "tokenizer.merges")]
+    entries += [Entry(n, "F32", x.shape, [x]) for n, x in extra.items()]
+    entries += [
+        Entry(n, "BF16", shape, weight_chunks(n, shape, rows, config["head_dim"], rounding))
+        for n, (shape, rows) in weights.items()
+    ]
+    entries += [Entry("tokenizer.bytes", "U8", words["tokenizer.bytes"].shape, [words["tokenizer.bytes"]])]
     size = write_file(out, metadata, entries)
 
-    return [f"wrote {out}: {size / 1e6:.1f} MB, {len(entries)} tensors",
-            *summary(config, tokenizer, chat, rounding, extra)]
+    return [
+        f"wrote {out}: {size / 1e6:.1f} MB, {len(entries)} tensors",
+        *summary(config, tokenizer, chat, rounding, extra),
+    ]
 
 
 def summary(c, tokenizer, chat, rounding, extra):
@@ -211,18 +243,24 @@ def summary(c, tokenizer, chat, rounding, extra):
         scaling = f", llama3 scaling by {c['rope_scaling']['factor']:g}" if c["rope_scaling"] else ""
         scaling += ", with frequency divisors" if extra else ""
         head = "tied" if c["tie_word_embeddings"] else "untied"
-        yield (f"model: {c['name']}, {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, "
-               f"{c['num_attention_heads']} query and {c['num_key_value_heads']} KV heads of {c['head_dim']}, "
-               f"MLP {c['intermediate_size']}, {head} head, RoPE theta {c['rope_theta']:g}{scaling}, "
-               f"context {c['max_position_embeddings']}")
+        yield (
+            f"model: {c['name']}, {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, "
+            f"{c['num_attention_heads']} query and {c['num_key_value_heads']} KV heads of {c['head_dim']}, "
+            f"MLP {c['intermediate_size']}, {head} head, RoPE theta {c['rope_theta']:g}{scaling}, "
+            f"context {c['max_position_embeddings']}"
+        )
         if c["swiftkv"]:
             kept = "kept" if c["swiftkv"]["original_projections"] else "absent"
-            yield (f"SwiftKV: from layer {c['swiftkv']['num_key_value_layers']} up, groups of "
-                   f"{c['swiftkv']['key_value_group_size']}, ordinary projections {kept}")
+            yield (
+                f"SwiftKV: from layer {c['swiftkv']['num_key_value_layers']} up, groups of "
+                f"{c['swiftkv']['key_value_group_size']}, ordinary projections {kept}"
+            )
         yield f"weights: {rounding}"
     template = chat["template"] if chat else "unknown, --chat will not work" if tokenizer.template else "none"
-    yield (f"tokenizer: {c['vocab_size']} tokens, {len(tokenizer.merges)} merges, {len(tokenizer.special)} special, "
-           f"BoS {c['bos_token_id']}, EoS {c['eos_token_id']}; chat template: {template}")
+    yield (
+        f"tokenizer: {c['vocab_size']} tokens, {len(tokenizer.merges)} merges, {len(tokenizer.special)} special, "
+        f"BoS {c['bos_token_id']}, EoS {c['eos_token_id']}; chat template: {template}"
+    )
 
 
 def main(arguments):
@@ -230,33 +268,42 @@ def main(arguments):
         def error(self, message):
             raise Failure(f"command line: {message}; see --help", 2)
 
-    parser = Parser(prog="export_weights.py", description=__doc__.split(": ", 1)[1],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="export_weights.py",
+        description=__doc__.split(": ", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Hugging Face folder or .gguf file")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="file to write")
     parser.add_argument("--tokenizer-only", action="store_true", help="no weights, for `speed tokenize` and `info`")
     try:
         options = parser.parse_args(arguments)
-        with np.errstate(all="ignore"):  # what comes of strange numbers is checked; numpy's warnings are not for users
+        with np.errstate(all="ignore"):  # bad numbers are found and reported here; numpy need not warn of them too
             summary = export(options.checkpoint, options.out, options.tokenizer_only)
     except Failure as failure:
         return fail(failure, failure.code)
     except OSError as error:
-        return fail(f"{error.filename or options.out}: {error.strerror or error}; free the space or the permission it "
-                    "needs, nothing was written")
+        return fail(
+            f"{error.filename or options.out}: {error.strerror or error}; free the space or the permission it "
+            "needs, nothing was written"
+        )
     except (MemoryError, RecursionError):
-        return fail(f"{options.checkpoint}: it takes more memory than there is; get the file again if it is not that "
-                    "large, nothing was written")
+        return fail(
+            f"{options.checkpoint}: it takes more memory than there is; get the file again if it is not that "
+            "large, nothing was written"
+        )
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        # a value of a kind no checkpoint has
-        return fail(f"{options.checkpoint}: not as a checkpoint should be ({type(error).__name__}: "
-                    f"{str(error)[:200]}); get it again")
+        # The checkpoint holds a value of a type that no checkpoint has there.
+        return fail(
+            f"{options.checkpoint}: not as a checkpoint should be ({type(error).__name__}: "
+            f"{str(error)[:200]}); get it again"
+        )
     except KeyboardInterrupt as stop:
         return fail("interrupted; nothing was written", 128 + (stop.args or (signal.SIGINT,))[0])
     try:
         print("\n".join(summary), flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries to write again when it ends
         return fail(f"standard output: {error.strerror}; check where it goes, {options.out} is written")
     return 0
 
@@ -268,7 +315,7 @@ def fail(why, code=1):
 
 def stop(number, _):
     for other in STOPS:
-        signal.signal(other, signal.SIG_IGN)  # a second one must not stop the tidying up
+        signal.signal(other, signal.SIG_IGN)  # a second signal must not stop the cleaning up
     raise KeyboardInterrupt(number)
 
 
@@ -276,7 +323,7 @@ STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 if __name__ == "__main__":
     for each in STOPS:
-        if signal.getsignal(each) == signal.SIG_DFL:  # not one that whoever started this has it ignore
+        if signal.getsignal(each) == signal.SIG_DFL:  # the parent process may have set it to be ignored
             signal.signal(each, stop)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe ends it silently
     sys.exit(main(sys.argv[1:]))

@@ -156,8 +156,8 @@ struct Weights {
   const float* rope_divisors = nullptr;  // [head_dim / 2], divide the inverse frequencies; null: all one
 };
 
-// Calls visit(tensor, values) for every tensor that a model of this configuration may have, the head of a tied model
-// left out. A file that lacks one has null there.
+// Calls visit(tensor, values) for every tensor that a model of this configuration may have, except the head of a tied
+// model, which is the embedding. A tensor that is not in the file is null.
 template <class Visit>
 void each_weight(const Config& c, Weights& w, Visit visit) {
   const Shape& s = c.shape;

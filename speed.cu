@@ -58,9 +58,9 @@ struct Policy {
   int group = 1;           // swiftkv: layers per cache above K
   std::vector<bool> kept;  // share: [L], which layers keep a cache; kept[0] is true
 
-  // Layers that a prompt token runs whole. In the next one it makes its last keys and values and stops, because nobody
-  // reads its output. So SPEED runs K-1 layers whole, and layer K-1 still gets keys and values. POP and SwiftKV need the
-  // residual that enters K, which takes K whole layers.
+  // Layers that a prompt token runs whole. In the next one it makes its last keys and values and stops, because its
+  // output is not used. So SPEED runs K-1 layers whole, and layer K-1 still gets keys and values. POP and SwiftKV need
+  // the residual that enters K, which takes K whole layers.
   int full_prompt_layers() const {
     switch (method) {
       case Method::full: return n_layers - 1;
@@ -485,8 +485,8 @@ class Engine {
   // ---- what a run did ----
 
   // Called after every layer of every chunk, with the residual stream x [rows, d] in the backend's memory (on_host
-  // brings it); `first` is the position of row 0. It may throw Interrupted. In a decode step a GPU may run all layers
-  // later, at once: then x holds nothing yet.
+  // copies it); `first` is the position of row 0. It may throw Interrupted. In a decode step a GPU may run all layers
+  // later, at once: x then has no values yet.
   std::function<void(int layer, size_t first, size_t rows, const Residual* x)> on_layer;
   bool time_layers = false;  // wait for each layer, so that its seconds are its own
 

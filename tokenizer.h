@@ -28,7 +28,7 @@ namespace speed {
 
 // ---- the tokenizer ------------------------------------------------------------------------------------------------
 
-// Byte-level byte pair encoding. The arrays it is given are copied before they are checked: a mapped file can change.
+// Byte-level byte pair encoding. Its arrays are copied before they are checked, because a mapped file can change.
 //
 //   rules    JSON {"split": [pattern, ...], "ignore_merges": bool, "special": [[id, "spelling"], ...]}; patterns apply in
 //            order, each to the pieces left by the one before. ignore_merges: a piece that is a token is that token,
@@ -37,7 +37,7 @@ namespace speed {
 //   offsets  [V+1]; an id without a token has no bytes
 //   merges   [M, 3] rows left id, right id, merged id, in rank order
 //
-// Nothing of it is trusted: whatever does not fit together is an Error with code 1.
+// All of it is checked: whatever is not consistent is an Error with code 1.
 class Tokenizer {
  public:
   Tokenizer(std::string_view rules, std::span<const uint8_t> bytes, std::span<const uint32_t> offsets,
@@ -149,7 +149,7 @@ class Tokenizer {
                       std::to_string(specials_[i].second) + ": the same spelling");
   }
 
-  // Open addressing over these arrays: a slot holds an index, or none; the key is read where it lies.
+  // A hash table with open addressing over the arrays below. A slot holds an index, or none; keys are not stored.
   struct Index {
     std::vector<uint32_t> slots;
     explicit Index(size_t n = 0) {
@@ -157,7 +157,7 @@ class Tokenizer {
       while (size < 2 * n) size *= 2;
       slots.assign(size, none);
     }
-    // Where the entry that `equal` accepts is, or the empty slot where it belongs.
+    // The slot of the entry that `equal` accepts, or the empty slot where it belongs.
     template <class Equal>
     size_t find(uint64_t hash, Equal&& equal) const {
       size_t i = hash & (slots.size() - 1);
@@ -166,7 +166,7 @@ class Tokenizer {
     }
   };
 
-  // The finisher of MurmurHash3: every bit of x changes every bit of the hash with probability one half.
+  // The last step of MurmurHash3: every bit of x changes every bit of the hash with probability one half.
   static uint64_t mix(uint64_t x) {
     x = (x ^ (x >> 33)) * 0xFF51AFD7ED558CCDu;
     x = (x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53u;
@@ -192,7 +192,7 @@ class Tokenizer {
                        [&](uint32_t rank) { return merges_[3 * rank] == left && merges_[3 * rank + 1] == right; });
   }
 
-  // Special tokens stay out: ordinary text never becomes one.
+  // Without special tokens: ordinary text never becomes one.
   void index_tokens() {
     byte_ids_.fill(-1);
     tokens_ = Index(vocab_size_);
@@ -207,7 +207,7 @@ class Tokenizer {
     }
   }
 
-  // A merged token is longer than its parts, so merges cannot run in a circle.
+  // A merged token must be longer than its parts, so merging always ends.
   void index_merges() {
     if (merges_.size() % 3 != 0) bad_tokenizer("merges are not rows of three");
     ranks_ = Index(merges_.size() / 3);
@@ -240,7 +240,7 @@ class Tokenizer {
     for (std::string_view piece : pieces) encode_piece(piece, symbols, ids);
   }
 
-  // A piece on its way to tokens: a list of symbols linked by index, and a heap of pairs that could merge.
+  // A piece while it is merged: a linked list of symbols, and a heap of pairs that could merge.
   struct Symbols {
     std::vector<uint32_t> id, previous, next;
     std::vector<uint64_t> pairs;  // rank << 32 | index of the left symbol; smallest first
@@ -292,16 +292,16 @@ class Tokenizer {
   std::vector<std::pair<std::string_view, int>> specials_;  // by spelling
   std::array<int, 256> byte_ids_;                           // -1: no token
   Index tokens_, ranks_;                                    // bytes -> id, (left, right) -> row of merges
-  const uint64_t seed_ = std::random_device()();            // so that no file can make its keys collide
+  const uint64_t seed_ = std::random_device()();            // no file can choose keys that collide
 };
 
 // ---- the chat template --------------------------------------------------------------------------------------------
 
 // A chat template, as data. A conversation is
 //   begin, system[0] text system[1], then for every turn  user[0] text user[1] assistant[0] text assistant[1]
-// Marks are text in which spellings of special tokens stand for their ids, and in `system` {date} for a date. What
-// stands between the marks is only text: no one can forge a turn. The text between two special ids is tokenised as one
-// string, as Hugging Face's apply_chat_template does, so the ids are the same. The tokenizer must outlive it.
+// A mark is text in which the spelling of a special token means that token, and in `system` {date} a date. Content
+// between marks is ordinary text, so no one can forge a turn. The text between two special tokens is tokenised as one
+// string, as Hugging Face's apply_chat_template does, so the ids are equal. The tokenizer must outlive this object.
 //
 //   marks_json  {"template": name, "trim": bool, "begin": mark, "system": [mark, mark], "system_default": text or null,
 //          "user": [mark, mark], "assistant": [mark, mark], "date_default": text or null}
@@ -318,7 +318,7 @@ class ChatTemplate {
     begin_ = text(j, "begin");
     system_ = marks(j, "system"), user_ = marks(j, "user"), assistant_ = marks(j, "assistant");
     system_default_ = text_or_null(j, "system_default"), date_default_ = text_or_null(j, "date_default");
-    // Only then do turns begin at a token of their own, whatever the text before them.
+    // A turn must begin with a special token, so that its ids do not depend on the text before it.
     for (const std::string& mark : {system_[0], user_[0], assistant_[0], assistant_[1]})
       if (const auto s = tokenizer.find_special(mark); s.id < 0 || s.at != 0)
         bad("a turn does not begin with a special token");
@@ -355,7 +355,7 @@ class ChatTemplate {
     return ids.finish();
   }
 
-  // The assistant header, after which the model speaks, and the text it must begin with.
+  // The assistant header, and the text that the answer must begin with.
   std::vector<int> answer(std::string_view prefix) const {
     Ids ids(*tokenizer_);
     ids.mark(assistant_[0]);
@@ -440,7 +440,7 @@ class ChatTemplate {
     if (!j.is_object() || !j.contains(key) || !j[key].is_string()) bad(std::string(key) + " is no text");
     return checked(j[key], key);
   }
-  // A mark may hold a date thousands of times, so what a template can ask for is bounded.
+  // A mark may hold {date} thousands of times, so its length is limited.
   static std::string checked(const std::string& s, const char* key) {
     if (s.size() > 16384) bad(std::string(key) + " is longer than 16384 bytes");
     return s;

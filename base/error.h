@@ -1,4 +1,4 @@
-// error.h - the one way things fail: a line that says what, why, and what to do about it.
+// error.h - how the program fails: with one line that says what failed, why, and what to do.
 #pragma once
 
 #include <stdexcept>
@@ -6,7 +6,7 @@
 
 namespace speed {
 
-// Thrown wherever the program cannot go on. main() prints "speed: " and what() on one line of stderr, exits with code.
+// main() prints "speed: " and what() on one line of stderr, and exits with code.
 //   code  2: another command line would mend it; 1: a bad file or a failed run
 //   what  the thing that failed (a flag, a file, a tensor); why: expected against got; hint: what the user can do
 struct Error : std::runtime_error {
@@ -15,7 +15,7 @@ struct Error : std::runtime_error {
       : std::runtime_error(plain(what) + ": " + plain(why) + "; " + plain(hint)), code(code) {}
 
  private:
-  // Names and words out of files and flags are a stranger's: on one line, and nothing a terminal obeys.
+  // Names from files and flags may hold anything: they stay on one line, without control characters.
   static std::string plain(std::string s) {
     if (s.size() > 2000) s = s.substr(0, 1000) + "..." + s.substr(s.size() - 1000);
     for (char& c : s)

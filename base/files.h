@@ -58,8 +58,8 @@ class MappedFile {
 // Path of the temporary file of OutputFile while there is one, for a signal handler, which may not read a std::string.
 inline char unfinished[4096] = "";
 
-// Writes a file under a temporary name beside it and renames it when all is written: nobody ever sees half a file.
-// What is there and no regular file (a pipe, /dev/null) is written as it is, never replaced.
+// Writes a file under a temporary name beside it and renames it when it is complete, so half a file is never seen. A
+// pipe or device (/dev/null) is written directly, never replaced.
 class OutputFile {
  public:
   explicit OutputFile(const std::string& path) : path_(path), temporary_(path) {
@@ -97,15 +97,15 @@ class OutputFile {
   }
   std::string path_, temporary_;
   std::ofstream out_;
-  bool done_ = false;  // nothing to clean up
+  bool done_ = false;  // there is no temporary file to remove
 };
 
-// Fails now, not after a long run, if `path` cannot be written; leaves nothing behind.
+// Throws at once, not after a long run, if `path` cannot be written. Creates nothing.
 inline void require_writable(const std::string& path) {
   std::error_code none;
   const auto there = std::filesystem::status(path, none);
   const bool special = std::filesystem::exists(there) && !std::filesystem::is_regular_file(there) &&
-                       !std::filesystem::is_directory(there);  // to open a pipe would already be a message in it
+                       !std::filesystem::is_directory(there);  // not opened: a pipe's reader would notice
   if (!special) OutputFile{path};
   else if (::access(path.c_str(), W_OK) != 0)
     throw Error(1, path, std::string("cannot be written: ") + std::strerror(errno), "check who may write it");

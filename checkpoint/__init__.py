@@ -1,10 +1,8 @@
-"""Reads a checkpoint: a Hugging Face folder or a GGUF file, either of them a stranger's.
+"""Reads a checkpoint: a Hugging Face folder or a GGUF file. Its author is unknown, so nothing in it is trusted.
 
-Both readers, folder.py and gguf_file.py, give (config, generation config, Tokenizer, tensors, extra). config: with the
-keys of Hugging Face's config.json, still to be checked. tensors: name -> (shape, rows), under Hugging Face's names;
-rows(a, b) gives rows a..b of the first dimension as float32, float16 or uint16 (bf16). extra: tensors copied as is.
+Both readers, folder.py and gguf_file.py, return a Checkpoint (files.py).
 
-In the order that reads best: failure.py, files.py, config.py, tokenizer.py, chat.py, folder.py, gguf_file.py. None of
-them trusts what it reads: what is wrong with it in a foreseen way is a Failure, by name; a value of a kind that no
-checkpoint has ends in one of Python's own errors, which export_weights.main reports in one line as well.
+Read the files in this order: failure.py, files.py, config.py, tokenizer.py, chat.py, folder.py, gguf_file.py. An error
+that they expect is a Failure, which names what is wrong. A value of a type that no checkpoint has there raises one of
+Python's own errors. export_weights.main reports both in one line.
 """

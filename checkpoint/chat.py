@@ -1,9 +1,10 @@
-"""A chat template as turn marks: what the engine writes before and after each turn.
+"""Recognises a chat template and gives its turn marks: the text before and after each turn.
 
-A template is a program, and a stranger's. It is run in jinja2's sandbox and in a process of its own, with little time
-and memory, on conversations made up here. The engine never sees it: it gets the marks of a known one that renders the
-same, or none.
+A template is a program by an unknown author. It runs in jinja2's sandbox, in a process of its own, with little time and
+memory, on the conversations below. The engine never sees it. If a known template renders the same text, the engine gets
+the turn marks of that one, else none.
 """
+
 import json
 import os
 import re
@@ -16,7 +17,8 @@ from .failure import Failure
 from .files import read_limited
 
 TEMPLATE_LIMIT = 1 << 20  # bytes of a chat template, and of what it may render
-TEMPLATE_SECONDS, TEMPLATE_MEMORY = 10, 1 << 30  # of processor time, in bytes: what rendering it may take
+TEMPLATE_SECONDS = 10  # limit of processor time
+TEMPLATE_MEMORY = 1 << 30  # limit in bytes
 
 
 def read_template(folder, settings):
@@ -36,29 +38,47 @@ def llama3_chat(template, system_prefix="", system_default=None, date_default=No
     def header(role):
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    return {"template": template, "trim": True, "begin": "<|begin_of_text|>",
-            "system": [header("system") + system_prefix, "<|eot_id|>"], "system_default": system_default,
-            "user": [header("user"), "<|eot_id|>"], "assistant": [header("assistant"), "<|eot_id|>"],
-            "date_default": date_default}
+    return {
+        "template": template,
+        "trim": True,
+        "begin": "<|begin_of_text|>",
+        "system": [header("system") + system_prefix, "<|eot_id|>"],
+        "system_default": system_default,
+        "user": [header("user"), "<|eot_id|>"],
+        "assistant": [header("assistant"), "<|eot_id|>"],
+        "date_default": date_default,
+    }
 
 
 def known_chats(plain):
-    """The chat templates the engine knows, as turn marks. `plain`: what the template in question makes of a
-    conversation without a system text; ChatML's default system text, in which its variants differ, is read off it."""
+    """The chat templates that the engine knows, as turn marks.
+
+    `plain`: a conversation without a system text, as the checkpoint's template renders it. Variants of ChatML differ in
+    their default system text, which is taken from there."""
     prefix, date = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n", "26 Jul 2024"
     default = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", plain, re.DOTALL)
     if default and len(default[1].encode()) > 16384:  # the engine's limit
         default = None
-    chatml = {"template": "chatml", "trim": False, "begin": "",
-              "system": ["<|im_start|>system\n", "<|im_end|>\n"], "system_default": default and default[1],
-              "user": ["<|im_start|>user\n", "<|im_end|>\n"], "assistant": ["<|im_start|>assistant\n", "<|im_end|>\n"],
-              "date_default": None}
-    return [llama3_chat("llama-3"), llama3_chat("llama-3.1", prefix, "", date),
-            llama3_chat("llama-3.2", prefix, "", date), chatml]
+    chatml = {
+        "template": "chatml",
+        "trim": False,
+        "begin": "",
+        "system": ["<|im_start|>system\n", "<|im_end|>\n"],
+        "system_default": default and default[1],
+        "user": ["<|im_start|>user\n", "<|im_end|>\n"],
+        "assistant": ["<|im_start|>assistant\n", "<|im_end|>\n"],
+        "date_default": None,
+    }
+    return [
+        llama3_chat("llama-3"),
+        llama3_chat("llama-3.1", prefix, "", date),
+        llama3_chat("llama-3.2", prefix, "", date),
+        chatml,
+    ]
 
 
 def render_marks(chat, messages, date):
-    """The text the engine makes of a conversation: begin, each content between its marks, the generation header."""
+    """The text that the engine makes of a conversation: begin, each content between its marks, the assistant header."""
     if messages[0]["role"] != "system" and chat["system_default"] is not None:
         messages = [{"role": "system", "content": chat["system_default"]}, *messages]
     text = chat["begin"]
@@ -69,8 +89,10 @@ def render_marks(chat, messages, date):
 
 
 def recognise_chat(tokenizer):
-    """The `chat` metadata for the tokenizer's template, or None if there is none or it renders some conversation unlike
-    every known one. Templates are compared by what they render, as Hugging Face renders them."""
+    """The `chat` metadata for the tokenizer's template, or None without a template or for an unknown one.
+
+    Templates are compared by the text they render, in the way Hugging Face renders them. A template is known if it
+    renders every conversation as one known template does."""
     if not tokenizer.template:
         return None
     try:
@@ -88,43 +110,53 @@ def recognise_chat(tokenizer):
     today = "01 Jan 2000"
     names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     names = {key: text for key, text in names.items() if text is not None}
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda _: today)
 
     def render(messages):
         try:
             return environment.from_string(tokenizer.template).render(
-                messages=messages, add_generation_prompt=True, **names)
-        except Exception:  # a template is foreign code: whatever it raises, it is not one of the known ones
+                messages=messages, add_generation_prompt=True, **names
+            )
+        except Exception:  # it may raise anything; then it is not a known template
             return None
 
     def turns(*contents):
         roles = ["user", "assistant"] * len(contents)
-        return [{"role": r, "content": c} for r, c in zip(roles, contents)]
+        return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
 
     def system(content):
         return [{"role": "system", "content": content}]
 
-    conversations = [turns("Hi."), turns("  a b\n\n", " c \t", "\u3000d\x1c"), turns("1", "2", "3", "4", "5"),
-                     system("Be brief.") + turns("Hi."), system(" \n s t \n") + turns("x", "y", " z"),
-                     system("") + turns("Hi."), turns("\n"), turns("a<b>'\"\\ é", "", "c")]
+    conversations = [
+        turns("Hi."),
+        turns("  a b\n\n", " c \t", "\u3000d\x1c"),
+        turns("1", "2", "3", "4", "5"),
+        system("Be brief.") + turns("Hi."),
+        system(" \n s t \n") + turns("x", "y", " z"),
+        system("") + turns("Hi."),
+        turns("\n"),
+        turns("a<b>'\"\\ é", "", "c"),
+    ]
     rendered = in_a_child(lambda: [render(c) for c in conversations]) or [None]
     for chat in known_chats(rendered[0] or ""):
         date = today if chat["template"] == "llama-3.2" else chat["date_default"] or ""
         marks = [m for role in ("system", "user", "assistant") for m in chat[role]] + [chat["begin"]]
         spelled = set(re.findall(r"<\|\w+\|>", "".join(marks)))
-        if spelled <= set(tokenizer.special.values()) and \
-                rendered == [render_marks(chat, c, date) for c in conversations]:
+        if spelled <= set(tokenizer.special.values()) and rendered == [
+            render_marks(chat, c, date) for c in conversations
+        ]:
             return chat
     return None
 
 
 def in_a_child(work):
-    """What work() returns, as JSON keeps it, out of a process of its own: a template is a program, and may run for ever
-    or take all memory. None if it failed or was ended for that."""
+    """The result of work() as JSON, from a process of its own, since a template may run for ever or take all memory.
+    None if the process failed or reached a limit."""
     reader, writer = os.pipe()
-    with warnings.catch_warnings():  # that numpy's threads are not forked: the child needs none
+    with warnings.catch_warnings():  # Python warns that threads are not forked; the child needs none
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:

@@ -1,7 +1,8 @@
-"""The config the engine gets, and the weights that belong to it, from Hugging Face's config.json.
+"""The exported config, and the shapes of the weights that belong to it, from Hugging Face's config.json.
 
-Nothing in config.json is trusted. The limits are the engine's (model.h): no file is written that it would refuse.
+Nothing in config.json is trusted. The limits are the engine's own (model.h), so it refuses no file that is written.
 """
+
 from .failure import Failure, unsupported
 
 MOST_TOKENS = 1 << 24
@@ -22,7 +23,7 @@ def integer(config, key, default=None, high=1 << 30):
 
 
 def token_ids(config, key, vocab_size, default=None):
-    """A token id, a list of them, or null, as a list."""
+    """The value of the key as a list. It may be a token id, a list of them, or null."""
     value = config.get(key, default)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for i in ids:
@@ -32,7 +33,7 @@ def token_ids(config, key, vocab_size, default=None):
 
 
 def check_rope(config):
-    """(theta, llama3 scaling or None) from either spelling: rope_theta beside rope_scaling, or rope_parameters."""
+    """(theta, llama3 scaling or None). Two spellings are read: rope_theta with rope_scaling, and rope_parameters."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise Failure(f"config: rope_scaling is {rope!r}, expected an object; repair the config")
@@ -44,21 +45,31 @@ def check_rope(config):
         return theta, None
     if kind != "llama3":
         raise unsupported(f"RoPE scaling of type {kind!r}")
-    scaling = {key: number(rope, key, low=1 if key == "factor" else 1e-6)
-               for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    scaling = {
+        key: number(rope, key, low=1 if key == "factor" else 1e-6)
+        for key in ("factor", "low_freq_factor", "high_freq_factor")
+    }
     if not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise Failure("config: rope scaling: low_freq_factor is not below high_freq_factor; repair the config")
-    key = "original_max_position_embeddings"  # Hugging Face looks beside, then inside, then falls back to the context
-    scaling[key] = integer({**rope, **{k: v for k, v in config.items() if k == key and v is not None}}, key,
-                           config.get("max_position_embeddings", 2048))
+    # Hugging Face reads this key from the config, else from the scaling, else it takes the context length.
+    key = "original_max_position_embeddings"
+    scaling[key] = integer(
+        {**rope, **{k: v for k, v in config.items() if k == key and v is not None}},
+        key,
+        config.get("max_position_embeddings", 2048),
+    )
     return theta, scaling
 
 
 def check_adapted(config, layers):
+    """The policies that the model was trained for, as the config lists them."""
     out = []
     for entry in config.get("speed_adapted", []):
-        if not isinstance(entry, dict) or set(entry) - {"policy", "k", "bos"} or \
-                entry.get("policy") not in ("full", "speed", "pop", "swiftkv", "share"):
+        if (
+            not isinstance(entry, dict)
+            or set(entry) - {"policy", "k", "bos"}
+            or entry.get("policy") not in ("full", "speed", "pop", "swiftkv", "share")
+        ):
             raise Failure(f"config: speed_adapted: {entry!r} is no policy with k and bos; repair the config")
         if entry.get("k") is not None and (type(entry["k"]) is not int or not 1 <= entry["k"] <= layers):
             raise Failure(f"config: speed_adapted: k is {entry['k']!r}, expected 1 to {layers}; repair the config")
@@ -67,8 +78,8 @@ def check_adapted(config, layers):
 
 
 def check_config(config, generation, name):
-    """The exported config, every key present, from Hugging Face's config.json; missing keys take its defaults
-    (transformers' LlamaConfig). What the engine lacks is refused by name."""
+    """The exported config, which has every key. A key that config.json lacks gets the default of transformers'
+    LlamaConfig. A feature that the engine lacks is refused by name."""
     if config.get("model_type", "llama") not in ("llama", "llama_swiftkv"):
         raise unsupported(f"the architecture {config['model_type']!r}")
     for architecture in config.get("architectures") or []:
@@ -106,31 +117,46 @@ def check_config(config, generation, name):
         swiftkv = {"num_key_value_layers": k, "key_value_group_size": group, "original_projections": True}
         adapted.append({"policy": "swiftkv", "k": k, "bos": True})
     return {
-        "name": name, "vocab_size": vocab, "hidden_size": hidden,
-        "intermediate_size": integer(config, "intermediate_size", 11008, high=1 << 20), "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "name": name,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": integer(config, "intermediate_size", 11008, high=1 << 20),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-6, 1e-30, 1),
         "max_position_embeddings": integer(config, "max_position_embeddings", 2048),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "rope_theta": theta, "rope_scaling": scaling, "bos_token_id": bos[0] if bos else None,
-        "eos_token_id": list(dict.fromkeys(eos)), "swiftkv": swiftkv, "adapted": adapted,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_id": list(dict.fromkeys(eos)),
+        "swiftkv": swiftkv,
+        "adapted": adapted,
     }
 
 
 def tokenizer_config(config, generation, tokenizer, name):
-    """The few config keys of a file without weights; ids from the config if there is one, else by the tokens' texts."""
+    """The config keys of a file without weights. The BoS and EoS ids come from config.json if it has them, else from
+    the texts of the tokens."""
     ids = {text: i for i, text in tokenizer.special.items()}
     config = {"bos_token_id": ids.get(tokenizer.bos), "eos_token_id": ids.get(tokenizer.eos), **config}
     vocab = integer(config, "vocab_size", tokenizer.size(), high=MOST_TOKENS)
     bos, eos = (token_ids(config, key, vocab) for key in ("bos_token_id", "eos_token_id"))
     eos += token_ids(generation, "eos_token_id", vocab)
-    return {"name": name, "vocab_size": vocab, "bos_token_id": bos[0] if bos else None,
-            "eos_token_id": list(dict.fromkeys(eos)), "tokenizer_only": True}
+    return {
+        "name": name,
+        "vocab_size": vocab,
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_id": list(dict.fromkeys(eos)),
+        "tokenizer_only": True,
+    }
 
 
 def expected_tensors(config):
-    """name -> shape of every weight, in the order of the forward pass. Sets of names that may be absent altogether come
-    second: the ordinary projections above K of a SwiftKV model."""
+    """name -> shape of every weight, in the order of the forward pass. Also the names of the ordinary projections in
+    the upper layers of a SwiftKV model: a checkpoint has all of those or none."""
     d, f = config["hidden_size"], config["intermediate_size"]
     q = config["num_attention_heads"] * config["head_dim"]
     kv = config["num_key_value_heads"] * config["head_dim"]

@@ -1,8 +1,8 @@
-"""How the exporter fails: in one line, safe to print whatever a file put into it."""
+"""How the exporter fails: with one line. It is safe to print, even if it quotes a hostile file."""
 
 
 class Failure(Exception):
-    """What went wrong, why, and what to do, in one line. `code`: 2 if another command line would mend it, else 1."""
+    """One line: what went wrong, why, and what to do. `code` is 2 if another command line would help, else 1."""
 
     def __init__(self, message, code=1):
         super().__init__(one_line(message))
@@ -10,7 +10,7 @@ class Failure(Exception):
 
 
 def one_line(text):
-    """Names and words out of files are a stranger's: on one line, not endless, and nothing a terminal obeys."""
+    """The text on one line, of limited length, without control characters. It may quote a hostile file."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
     return text if len(text) <= 2000 else f"{text[:1000]}...{text[-1000:]}"
 

@@ -1,21 +1,53 @@
-"""JSON and .safetensors files, read without trust: every size, offset and count is checked before it is used."""
+"""JSON and .safetensors files. They are not trusted: every size, offset and count is checked before it is used."""
+
 import json
 import math
 import os
 import weakref
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from .failure import Failure, damaged, unsupported
 
-JSON_LIMIT = 64 << 20  # bytes of a JSON file or of a header: four times Llama 3's tokenizer.json, and what Python makes
-                      # of as much hostile JSON, 2 GB, most machines can hold
+# Limit of a JSON file and of a header, in bytes. It is four times Llama 3's tokenizer.json. Hostile JSON of that size
+# takes Python 2 GB, which most machines have.
+JSON_LIMIT = 64 << 20
 WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
 
 
+class Weight(NamedTuple):
+    """A tensor that is not read yet. rows(a, b) reads rows a..b of its first dimension, as float32, as float16, or as
+    uint16 that holds bf16."""
+
+    shape: tuple
+    rows: Callable
+
+
+class Checkpoint(NamedTuple):
+    """What both readers return."""
+
+    config: dict  # with the keys of Hugging Face's config.json, not checked yet
+    generation: dict  # generation_config.json
+    tokenizer: object  # a tokenizer.Tokenizer
+    tensors: dict  # Hugging Face's name -> Weight
+    extra: dict  # name -> array, copied to the exported file unchanged
+
+
+class TensorInfo(NamedTuple):
+    """A tensor in a .safetensors file. begin and end are offsets from the start of the file."""
+
+    dtype: str
+    shape: tuple
+    begin: int
+    end: int
+
+
 def parse_json(text, what):
-    """The JSON object in `text`. Duplicate keys, NaN and Infinity are errors."""
+    """The JSON object in `text`. A key that appears twice, NaN and Infinity are errors."""
+
     def unique(pairs):
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a key appears twice")
@@ -51,7 +83,7 @@ def read_limited(path, limit):
 
 
 class Reader:
-    """A file, read by offsets and not mapped: one that is cut short meanwhile is an error here, not a signal."""
+    """A file, read by offsets. It is not mapped: if it is cut short meanwhile, that is an error here, not a signal."""
 
     def __init__(self, path):
         self.path = path
@@ -72,8 +104,7 @@ class Reader:
 
 
 class Safetensors(Reader):
-    """A .safetensors file. `tensors`: name -> (dtype, shape, begin, end), offsets from the start of the file. Every
-    size, offset, overlap and gap is checked before anything is used."""
+    """A .safetensors file. `tensors`: name -> TensorInfo. Every size, offset, overlap and gap is checked first."""
 
     def __init__(self, path):
         def bad(why):
@@ -104,19 +135,20 @@ class Safetensors(Reader):
             needed = math.prod(shape) * WIDTH[dtype]
             if end - begin != needed:
                 raise bad(f"{name}: {dtype} {shape} needs {needed} bytes, got {end - begin}")
-            self.tensors[name] = (dtype, tuple(shape), start + begin, start + end)
+            self.tensors[name] = TensorInfo(dtype, tuple(shape), start + begin, start + end)
         position = start
-        for name, (_, _, begin, end) in sorted(self.tensors.items(), key=lambda item: item[1][2:]):
-            if begin != position:
-                raise bad(f"{name}: {'gap' if begin > position else 'overlap'}: starts at {begin}, expected {position}")
-            position = end
+        for name, info in sorted(self.tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if info.begin != position:
+                kind = "gap" if info.begin > position else "overlap"
+                raise bad(f"{name}: {kind}: starts at {info.begin}, expected {position}")
+            position = info.end
         if position != size:
             raise bad(f"the tensors end at byte {position}, the file has {size}")
 
     def array(self, name):
         """The tensor as stored; BF16 as uint16."""
-        dtype, shape, begin, end = self.tensors[name]
-        return self.read(begin, end).view(STORED[dtype]).reshape(shape)
+        info = self.tensors[name]
+        return self.read(info.begin, info.end).view(STORED[info.dtype]).reshape(info.shape)
 
     def rows(self, name):
         """rows(a, b) of the tensor as stored; BF16 as uint16."""

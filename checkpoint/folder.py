@@ -1,13 +1,15 @@
-"""A Hugging Face folder, as save_pretrained writes it. Its files are not trusted, nor its index to name only them."""
+"""A Hugging Face folder, as save_pretrained writes it. Its files are not trusted. Its index may name other files."""
+
 from pathlib import Path
 
 from .failure import Failure, unsupported
-from .files import Safetensors, read_json
+from .files import Checkpoint, Safetensors, Weight, read_json
 from .tokenizer import read_tokenizer
 
 
 def folder_tensors(folder):
-    """The tensors of a folder's .safetensors files: those the index names, else the one or the many."""
+    """name -> Weight, from the files that the index names. Without an index, from model.safetensors; without that, from
+    every .safetensors file."""
     index = folder / "model.safetensors.index.json"
     where = read_json(index)["weight_map"] if index.is_file() else None
     if where is not None:
@@ -25,14 +27,14 @@ def folder_tensors(folder):
         if not path.is_file():
             raise Failure(f"{path}: no such file, but the index names it; get the whole checkpoint")
         file = Safetensors(path)
-        for name, (dtype, shape, _, _) in file.tensors.items():
+        for name, stored in file.tensors.items():
             if where is not None and where.get(name) != path.name:
                 continue
             if name in tensors:
                 raise Failure(f"{folder}: {name} is in two files; keep one checkpoint in the folder", 2)
-            if dtype not in ("F32", "F16", "BF16"):
-                raise unsupported(f"the dtype {dtype} in {name}", folder)
-            tensors[name] = shape, file.rows(name)
+            if stored.dtype not in ("F32", "F16", "BF16"):
+                raise unsupported(f"the dtype {stored.dtype} in {name}", folder)
+            tensors[name] = Weight(stored.shape, file.rows(name))
     for name in where or ():
         if name not in tensors:
             raise Failure(f"{folder}: {name} is not in {where[name]}, as the index says; get the whole checkpoint")
@@ -43,4 +45,4 @@ def read_folder(folder, tokenizer_only):
     tokenizer = read_tokenizer(folder)
     config = read_json(folder / "config.json", required=not tokenizer_only)
     generation = read_json(folder / "generation_config.json", required=False)
-    return config, generation, tokenizer, {} if tokenizer_only else folder_tensors(folder), {}
+    return Checkpoint(config, generation, tokenizer, {} if tokenizer_only else folder_tensors(folder), {})

@@ -1,18 +1,20 @@
-"""A GGUF file, under Hugging Face's names and in its order of rows.
+"""Reads a GGUF file, with Hugging Face's names and order of rows.
 
-The file is not trusted; pip's gguf is, for the sizes of quantised blocks and their dequantisation.
+The file is not trusted. The Python package gguf is: it knows the sizes of quantised blocks and dequantises them.
 """
+
 import math
 import re
 import struct
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from .failure import Failure, damaged, unsupported
-from .files import JSON_LIMIT, Reader
+from .files import JSON_LIMIT, Checkpoint, Reader, Weight
 from .tokenizer import DIGIT, GPT2_SPLIT, LLAMA3_SPLIT, Tokenizer
 
-# tokenizer.ggml.pre -> (split patterns, ignore_merges), as llama.cpp's llama-vocab.cpp has them
+# tokenizer.ggml.pre -> (split patterns, ignore_merges), as in llama.cpp's llama-vocab.cpp
 GGUF_SPLIT = {
     "gpt-2": ([GPT2_SPLIT], False),
     "smollm": ([DIGIT, GPT2_SPLIT], False),
@@ -21,28 +23,63 @@ GGUF_SPLIT = {
     "llama-v3": ([LLAMA3_SPLIT], True),
 }
 GGUF_LAYER = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 GGUF_OTHER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 GGUF_CONFIG = {
-    "llama.block_count": "num_hidden_layers", "llama.context_length": "max_position_embeddings",
-    "llama.embedding_length": "hidden_size", "llama.feed_forward_length": "intermediate_size",
-    "llama.attention.head_count": "num_attention_heads", "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.key_length": "head_dim", "llama.vocab_size": "vocab_size",
-    "llama.rope.freq_base": "rope_theta", "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "tokenizer.ggml.bos_token_id": "bos_token_id", "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "llama.block_count": "num_hidden_layers",
+    "llama.context_length": "max_position_embeddings",
+    "llama.embedding_length": "hidden_size",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.key_length": "head_dim",
+    "llama.vocab_size": "vocab_size",
+    "llama.rope.freq_base": "rope_theta",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
 }
-GGUF_NEEDED = ("llama.block_count", "llama.embedding_length", "llama.feed_forward_length", "llama.attention.head_count",
-               "llama.attention.layer_norm_rms_epsilon")
+GGUF_NEEDED = (
+    "llama.block_count",
+    "llama.embedding_length",
+    "llama.feed_forward_length",
+    "llama.attention.head_count",
+    "llama.attention.layer_norm_rms_epsilon",
+)
+
+
+class GgufTensor(NamedTuple):
+    """A tensor in the file. Its shape is as Hugging Face writes it. Offsets are from the start of the file."""
+
+    shape: tuple
+    kind: object  # gguf.GGMLQuantizationType
+    begin: int
+    end: int
+
+
+class Entry(NamedTuple):
+    """A tensor as the header describes it. The offset is from the start of the data."""
+
+    offset: int
+    name: str
+    shape: tuple
+    kind: object
 
 
 class Gguf(Reader):
     """A GGUF file (github.com/ggml-org/ggml/blob/master/docs/gguf.md), little-endian, version 2 or 3. `values`: its
-    metadata; `tensors`: name -> (shape, type, begin, end), shapes as Hugging Face writes them, offsets from the start
-    of the file. Every count, length and offset is held against what is there before anything is made of it."""
-    NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    metadata. `tensors`: name -> GgufTensor. Every count, length and offset is checked before it is used."""
+
+    NUMBERS: ClassVar = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     STRING, ARRAY = 8, 9
 
     def __init__(self, path, gguf):
@@ -66,7 +103,7 @@ class Gguf(Reader):
             raise self.bad(f"general.alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
         self.tensors, position = {}, start
-        for offset, name, shape, kind in sorted(entries, key=lambda entry: entry[0]):
+        for offset, name, shape, kind in sorted(entries, key=lambda entry: entry.offset):
             begin = start + offset
             if name in self.tensors:
                 raise self.bad(f"{name} is there twice")
@@ -78,22 +115,25 @@ class Gguf(Reader):
             position = begin + math.prod(shape) // block * width
             if position > self.size:
                 raise self.bad(f"{name} ends at byte {position}, the file at {self.size}")
-            self.tensors[name] = shape, kind, begin, position
+            self.tensors[name] = GgufTensor(shape, kind, begin, position)
         del self.head
 
     def bad(self, why):
         return damaged(self.path, why)
 
     def take(self, format):
-        """Numbers, by struct's letters."""
+        """The next numbers. `format` holds struct's letters."""
         return struct.unpack("<" + format, self.bytes(struct.calcsize("<" + format)))
 
     def bytes(self, size):
         if size > len(self.head) - self.at:
-            raise self.bad("it ends within its header" if len(self.head) == self.size else
-                           f"its header is longer than {JSON_LIMIT >> 20} MB")
+            raise self.bad(
+                "it ends within its header"
+                if len(self.head) == self.size
+                else f"its header is longer than {JSON_LIMIT >> 20} MB"
+            )
         self.at += size
-        return self.head[self.at - size:self.at]
+        return self.head[self.at - size : self.at]
 
     def string(self):
         text = self.bytes(*self.take("Q"))
@@ -118,7 +158,6 @@ class Gguf(Reader):
         return list(struct.unpack(f"<{count}{letter}", self.bytes(count * struct.calcsize("<" + letter))))
 
     def entry(self):
-        """(offset, name, shape, type) of a tensor."""
         name, (rank,) = self.string(), self.take("I")
         if not 1 <= rank <= 4:
             raise self.bad(f"{name} has {rank} dimensions")
@@ -127,15 +166,16 @@ class Gguf(Reader):
             raise self.bad(f"{name} has the shape {list(shape)}")
         kind, offset = self.take("IQ")
         try:
-            return offset, name, shape, self.gguf.GGMLQuantizationType(kind)
+            return Entry(offset, name, shape, self.gguf.GGMLQuantizationType(kind))
         except ValueError:
             raise unsupported(f"the tensor type {kind} in {name}", self.path) from None
 
     def rows(self, name, head_dim):
-        """rows(a, b) of a tensor, dequantised. head_dim: for Q and K, whose rows llama.cpp stores interleaved (pair i
-        of a head is rows 2i, 2i+1); Hugging Face has them in halves (pair i is rows i and head_dim/2 + i)."""
+        """rows(a, b) of a tensor, dequantised. head_dim: None, except for Q and K. llama.cpp stores their rows
+        interleaved (pair i of a head is rows 2i, 2i+1). Hugging Face stores them in halves (pair i is rows i and
+        head_dim/2 + i)."""
         shape, kind, begin, end = self.tensors[name]
-        count = shape[0] if len(shape) > 1 else 1  # a vector is one row, which a quantised one cannot be cut within
+        count = shape[0] if len(shape) > 1 else 1  # a vector is one row, since blocks cannot be cut
         width = (end - begin) // count
 
         def rows(a, b):
@@ -155,7 +195,7 @@ class Gguf(Reader):
 
 
 def gguf_config(values, path):
-    """config.json's keys from GGUF metadata. llama.* keys without an equivalent are refused by name."""
+    """The keys of config.json from GGUF metadata. A llama.* key that has no equivalent is refused by name."""
     field = values.get
 
     def read(key):
@@ -202,8 +242,10 @@ def gguf_tokenizer(values, path):
     if len(kinds) != len(tokens) or len(vocab) != kinds.count(normal) or any(len(merge) != 2 for merge in merges):
         raise Failure(f"{path}: token types, tokens or merges do not fit together; get the file again")
     split, ignore_merges = GGUF_SPLIT[pre]
-    bos, eos = (tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
-                for i in (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")))
+    bos, eos = (
+        tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
+        for i in (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id"))
+    )
     return Tokenizer(vocab, merges, special, split, ignore_merges, field("tokenizer.chat_template"), bos, eos)
 
 
@@ -216,7 +258,7 @@ def read_gguf(path, tokenizer_only):
     config, tokenizer = gguf_config(file.values, path), gguf_tokenizer(file.values, path)
     tensors, extra = {}, {}
     for name in [] if tokenizer_only else file.tensors:
-        shape = file.tensors[name][0]
+        shape = file.tensors[name].shape
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         other = re.fullmatch(r"(\w+)\.weight", name)
         head_dim = None
@@ -235,6 +277,6 @@ def read_gguf(path, tokenizer_only):
             raise unsupported(f"the tensor {name}", path)
         if ours in tensors:
             raise Failure(f"{path}: {name} is there twice; get the file again")
-        tensors[ours] = shape, file.rows(name, head_dim)
+        tensors[ours] = Weight(shape, file.rows(name, head_dim))
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    return config, {}, tokenizer, tensors, extra
+    return Checkpoint(config, {}, tokenizer, tensors, extra)

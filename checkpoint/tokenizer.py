@@ -1,8 +1,9 @@
-"""A byte-level BPE tokenizer from tokenizer.json, as the engine's tensors and rules.
+"""Turns tokenizer.json, a byte-level BPE tokenizer, into the tensors and rules that the engine reads.
 
-tokenizer.json is not trusted: what would change token ids is refused by name, and so are tokens and merges that do not
-fit together.
+tokenizer.json is not trusted. A feature that would change token ids is refused by name. So are tokens and merges that
+contradict each other.
 """
+
 import json
 
 import numpy as np
@@ -12,14 +13,16 @@ from .failure import Failure, unsupported
 from .files import is_naturals, read_json
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-# Hugging Face's Digits goes by Rust's char::is_numeric, which knows 13 code points more than \p{N} of its regex engine.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Hugging Face's Digits uses Rust's char::is_numeric. It has 13 code points that \p{N} of its regex engine lacks.
 DIGIT = r"[\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]"
 
 
 def byte_letters():
-    """Byte-level BPE writes each byte as one printable letter (GPT-2's bytes_to_unicode): letter -> byte."""
+    """letter -> byte. Byte-level BPE writes each byte as one printable letter (GPT-2's bytes_to_unicode)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(others)}}
@@ -30,7 +33,7 @@ def component_name(component):
 
 
 def sequence(component, key):
-    """A tokenizer component as a list: a Sequence is opened, null is empty."""
+    """A tokenizer component as a list. A Sequence becomes its parts, and null the empty list."""
     if component is None:
         return []
     if isinstance(component, dict) and component.get("type") == "Sequence":
@@ -39,7 +42,8 @@ def sequence(component, key):
 
 
 def split_patterns(pre_tokenizer):
-    """The regular expressions, in order, of a pre-tokenizer that ends in ByteLevel."""
+    """The regular expressions of a pre-tokenizer, in order. Its last part must be ByteLevel."""
+
     def refuse(part):
         return unsupported(f"the pre-tokenizer {component_name(part)} ({json.dumps(part)[:200]})", "tokenizer.json")
 
@@ -68,7 +72,7 @@ def split_patterns(pre_tokenizer):
 
 
 class Tokenizer:
-    """Byte-level BPE. vocab: token as byte letters -> id. merges: pairs of tokens, by rank. special: id -> text, the
+    """Byte-level BPE. vocab: token in byte letters -> id. merges: pairs of tokens, by rank. special: id -> text of the
     tokens that are matched in text before BPE. bos, eos: a token's text or None, for the chat template."""
 
     def __init__(self, vocab, merges, special, split, ignore_merges, template, bos, eos):
@@ -87,7 +91,7 @@ class Tokenizer:
         for token, i in self.vocab.items():
             try:
                 spelling[i] = bytes(letters[c] for c in token)
-            except KeyError:  # not reachable by BPE; Hugging Face decodes such a token to its own text
+            except KeyError:  # BPE never makes this token; Hugging Face decodes it to its text
                 spelling[i] = token.encode()
         ordinary = [spelling[i] for i in self.vocab.values() if i not in self.special and spelling[i]]
         if len(set(ordinary)) != len(ordinary):
@@ -112,17 +116,23 @@ class Tokenizer:
         offsets = np.cumsum([0, *map(len, spelling)])
         if offsets[-1] >= 1 << 32:
             raise Failure("tokenizer: more than 4 GiB of tokens; get the file again")
-        return {"tokenizer.offsets": offsets.astype(np.uint32), "tokenizer.merges": merges,
-                "tokenizer.bytes": np.frombuffer(b"".join(spelling), np.uint8)}
+        return {
+            "tokenizer.offsets": offsets.astype(np.uint32),
+            "tokenizer.merges": merges,
+            "tokenizer.bytes": np.frombuffer(b"".join(spelling), np.uint8),
+        }
 
     def metadata(self):
-        return {"split": self.split, "ignore_merges": self.ignore_merges,
-                "special": [[i, text] for i, text in sorted(self.special.items())]}
+        return {
+            "split": self.split,
+            "ignore_merges": self.ignore_merges,
+            "special": [[i, text] for i, text in sorted(self.special.items())],
+        }
 
 
 def added_tokens(data, settings):
-    """id -> text of the added tokens, special or not (Hugging Face matches both in text), of tokenizer.json and
-    tokenizer_config.json together."""
+    """id -> text of the added tokens in tokenizer.json and tokenizer_config.json. Hugging Face matches all of them in
+    text, special or not."""
     more = settings.get("added_tokens_decoder") or {}
     added, ids, normalized = {}, {}, 0
     for token in [*(data.get("added_tokens") or []), *({**t, "id": int(i)} for i, t in more.items())]:
@@ -136,7 +146,7 @@ def added_tokens(data, settings):
             raise Failure(f"tokenizer: added token {text!r} clashes with another one at id {i}; get the files again")
         if token.get("normalized"):
             normalized += 1
-            if normalized > 1000:  # each is held against all others
+            if normalized > 1000:  # each is compared with all others
                 raise unsupported("normalized on more than 1000 added tokens", "tokenizer")
             if any(text in t or t in text for j, t in added.items() if j != i):
                 raise unsupported(f"normalized on the added token {text!r}, which overlaps another,", "tokenizer")
@@ -145,7 +155,7 @@ def added_tokens(data, settings):
 
 
 def read_tokenizer(folder):
-    """A Tokenizer from tokenizer.json and tokenizer_config.json; whatever would change ids is refused by name."""
+    """The Tokenizer in tokenizer.json and tokenizer_config.json. A feature that would change ids is refused by name."""
     path = folder / "tokenizer.json"
     data, settings = read_json(path), read_json(folder / "tokenizer_config.json", required=False)
     model = data["model"]
@@ -161,7 +171,7 @@ def read_tokenizer(folder):
             raise unsupported(f"the decoder {component_name(decoder)}", path)
     for processor in sequence(data.get("post_processor"), "processors"):
         kind = component_name(processor)
-        # BoS in front is the engine's own rule; anything else that is put around the text is not
+        # The engine puts BoS in front by itself, and adds nothing else to a text.
         pieces = [next(iter(p)) for p in processor["single"]] if kind == "'TemplateProcessing'" else None
         if kind != "'ByteLevel'" and pieces not in (["SpecialToken", "Sequence"], ["Sequence"]):
             raise unsupported(f"the post-processor {kind} (only one BoS in front is possible)", path)
@@ -179,7 +189,15 @@ def read_tokenizer(folder):
             raise Failure(f"{path}: added token {text!r} and token {i} of the vocabulary clash; get the file again")
     if model.get("unk_token") is not None and not set(byte_letters()) <= set(vocab):
         raise unsupported("an unk_token for bytes that have no token", path)
-    # either a string or an added token written out
+    # Each is a string, or an object with the added token.
     bos, eos = (t.get("content") if isinstance(t, dict) else t for t in map(settings.get, ("bos_token", "eos_token")))
-    return Tokenizer(vocab, merges, special, split_patterns(data.get("pre_tokenizer")),
-                     bool(model.get("ignore_merges")), read_template(folder, settings), bos, eos)
+    return Tokenizer(
+        vocab,
+        merges,
+        special,
+        split_patterns(data.get("pre_tokenizer")),
+        bool(model.get("ignore_merges")),
+        read_template(folder, settings),
+        bos,
+        eos,
+    )

@@ -58,7 +58,7 @@ inline json device_record(const Gpu& gpu) {
 #endif
 
 // Loads the model and calls work(model, backend) with the device that the flags name: under auto a GPU, where one
-// answers that can run this shape. What it is goes into the run record.
+// is there that can run this shape. The run record says which.
 template <class Work>
 int on_device(const Options& o, json& record, Work work) {
   Model model = load(o);

@@ -1,9 +1,9 @@
 // bench.cpp - the mode `bench`: how fast, beside how fast this machine could be.
 //
 // Two ceilings are measured before and after every repetition of every test, because a shared machine changes from
-// minute to minute: the rate at which all threads together read memory, and that of their best matrix products. They
-// give the time no program could beat just then, max(FLOPs / ceiling, bytes / ceiling) by the cost model's counts; the
-// share shown is that time's part of the time taken.
+// minute to minute: the rate at which all threads together read memory, and the rate of their best matrix products.
+// With the engine's counts they give the least time possible just then, max(FLOPs / ceiling, bytes / ceiling). The
+// share shown is this least time divided by the time measured.
 #include <array>
 #include <iostream>
 #include <numeric>
@@ -76,7 +76,8 @@ Ceilings measure_ceilings(Cpu& cpu, const Shape&) {
   return best;
 }
 
-// So that no repetition finds weights or cache where the one before left them, in a cache of the processor.
+// Empties the caches of the device, so that no repetition finds weights or KV cache there. On a CPU measure_ceilings
+// does, by reading 256 MiB.
 void flush(Cpu&) {}
 
 #ifdef __CUDACC__
@@ -136,16 +137,17 @@ void flush(Gpu& gpu) {
 }
 #endif
 
+// A prompt to prefill, or steps to decode after a prompt.
 struct BenchTest {
   Policy policy;
-  size_t prompt = 0;      // tokens of prompt to take in, or
-  size_t gen = 0;         // steps to generate, with
-  size_t depth = 0;       // tokens already taken in
+  size_t prompt = 0;      // prompt tokens
+  size_t gen = 0;         // or decode steps,
+  size_t depth = 0;       // after so many tokens
   Counters counted = {};  // of one repetition
   std::vector<double> seconds = {};
   std::vector<Ceilings> ceilings = {};  // around each
 
-  // Seconds that no program could beat under these ceilings. A prompt reads its weights while it computes.
+  // The least seconds possible under these ceilings. A prompt reads its weights while it computes.
   double floor(const Ceilings& c) const {
     const double bytes = gen ? double(counted.weight_bytes + counted.kv_bytes) : 0;
     return std::max(double(counted.flops) / c.gflops, bytes / c.gbps) / 1e9;
@@ -162,7 +164,7 @@ Ceilings median(const std::vector<Ceilings>& all) {
 template <class B>
 void run_bench_test(BenchTest& t, const Model& model, size_t chunk, B& backend) {
   const int bos = std::max(model.config.bos, 0), other = bos == 1 ? 2 : 1;
-  constexpr size_t warm = 2;  // steps before the timed ones: a device records its work in these
+  constexpr size_t warm = 2;  // decode steps before the timed ones: a GPU captures its graph in these
   std::vector<int> ids(std::max(t.prompt ? t.prompt : t.depth, size_t(1)), other);
   ids[0] = bos;
   Engine<B> engine(model, t.policy, {ids.size() + t.gen + warm, 1 + t.gen + warm, chunk}, backend);
@@ -262,7 +264,7 @@ int bench(const Options& o, json& record, Model& model, B& backend) {
   const Config& c = model.config;
   std::vector<BenchTest> tests;
   const auto prompts = read_numbers(o.prompts, "-p"), depths = read_numbers(o.depths, "--depth");
-  for (const Policy& p : bench_policies(o, c, o.shape.empty())) {
+  for (const Policy& p : bench_policies(o, model)) {
     for (int n : prompts) {
       if (n == 0) throw Error(2, "-p 0", "a prompt has one token or more", "give lengths from 1, or -p '' for none");
       tests.push_back({.policy = p, .prompt = size_t(n)});
@@ -279,7 +281,7 @@ int bench(const Options& o, json& record, Model& model, B& backend) {
                   "shorten it");
   Progress progress("bench");
   Ceilings before = measure_ceilings(backend, c.shape);
-  for (int round = -1; round < o.repetitions; ++round)  // round -1 is not counted: it brings the weights into memory
+  for (int round = -1; round < o.repetitions; ++round)  // round -1 is not counted: it reads the weights into memory
     for (size_t i = 0; i < tests.size(); ++i) {
       if (interrupted) throw Interrupted{};
       run_bench_test(tests[i], model, size_t(o.chunk), backend);

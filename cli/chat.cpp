@@ -15,7 +15,7 @@ template <class B>
 class Conversation {
  public:
   Conversation(const Options& o, const Model& model, B& backend)
-      : o_(o), model_(model), chat_(chat_template(model)), backend_(backend), policy_(make_policy(o, model.config)) {
+      : o_(o), model_(model), chat_(chat_template(model)), backend_(backend), policy_(make_policy(o, model)) {
     context_ = context_for(o, model.config, 0, std::min<size_t>(4096, size_t(model.config.context)));
     note_if_not_adapted({policy_}, model.config);
     restart(true);
@@ -46,7 +46,7 @@ class Conversation {
 
   void turn(const std::string& text) {
     if (const size_t bad = first_invalid_utf8(text); bad != std::string::npos)
-      throw Error(2, "this line", "not UTF-8 at byte " + std::to_string(bad), "say it again; nothing was taken in");
+      throw Error(2, "this line", "not UTF-8 at byte " + std::to_string(bad), "type it again; this line was ignored");
     Request r{unprocessed_, 0};
     const std::vector<int> user = started_ ? chat_.next(text) : chat_.first(o_.system, text, o_.date);
     r.ids.insert(r.ids.end(), user.begin(), user.end());
@@ -101,7 +101,7 @@ class Conversation {
     } else {
       throw Error(2, line, "no such command", "use " + std::string(commands));
     }
-    policy_ = make_policy(changed, model_.config);
+    policy_ = make_policy(changed, model_);
     o_ = changed;
     std::cerr << describe(policy_) << "\n";
     unprocessed_.insert(unprocessed_.begin(), history_.begin(), history_.end());  // the next turn prefills it again

@@ -29,7 +29,7 @@ Forced force(const Model& model, const Policy& p, const Request& r, size_t split
 template <class B>
 int compare(const Options& o, json& record, const Model& model, const Request& r, B& backend) {
   const Config& c = model.config;
-  const std::vector<Policy> policies = compared_policies(o, c);
+  const std::vector<Policy> policies = compared_policies(o, model);
   const size_t N = r.ids.size(), n = size_t(o.n), context = context_for(o, c, N, n);
   constexpr int rounds = 3;  // of timing each prompt, policies in turn; the table shows the median
   auto run = [&](const Policy& p, const Emit& emit, size_t tokens) {
@@ -38,7 +38,7 @@ int compare(const Options& o, json& record, const Model& model, const Request& r
     return answer(engine, model, r, split, tokens, o, emit);
   };
   const Emit quiet = [](const std::string&) {};
-  run(policies[0], quiet, 1);  // untimed: brings the weights into memory
+  run(policies[0], quiet, 1);  // untimed: reads the weights into memory
   std::vector<Answer> answers;
   std::vector<std::vector<double>> first(policies.size());
   const bool show = o.format != "json" && o.format != "csv";
@@ -99,7 +99,7 @@ int compare(const Options& o, json& record, const Model& model, const Request& r
 template <class B>
 int generate_text(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
-  const Policy policy = make_policy(o, c);
+  const Policy policy = make_policy(o, model);
   const Request r = make_request(o, model);
   if (o.compare) return compare(o, record, model, r, backend);
   const size_t N = r.ids.size(), context = context_for(o, c, N, size_t(o.n)), split = split_under(policy, o, r);

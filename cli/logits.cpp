@@ -48,7 +48,7 @@ int logits(const Options& o, json& record, const Model& model, B& backend) {
                 "use 1 to " + std::to_string(N - 1));
   if (N > size_t(c.context))
     note(std::to_string(N) + " tokens are more than the " + std::to_string(c.context) + " the model was made for");
-  const Policy policy = make_policy(o, c);
+  const Policy policy = make_policy(o, model);
   note_if_not_adapted({policy}, c);
   Engine<B> engine = make_engine(model, policy, N, N - S, o, backend);
   Progress progress("logits");

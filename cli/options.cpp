@@ -81,7 +81,7 @@ constexpr unsigned GENERATE = mode_bit("generate"), CHAT = mode_bit("chat"), LOG
 constexpr unsigned WRITE = GENERATE | CHAT, RUN = WRITE | LOGITS | PERPLEXITY | TRACE | BENCH,
                    ONE_POLICY = (RUN | PLAN) & ~BENCH, ALL = RUN | PLAN | TOKENIZE | INFO;
 
-// Where a value goes. A bool is a flag without a value, an optional<bool> a pair --x, --no-x.
+// The member that gets the value. A bool is a flag without a value, an optional<bool> a pair --x, --no-x.
 using Target = std::variant<bool Options::*, std::optional<bool> Options::*, int Options::*, float Options::*,
                             uint64_t Options::*, std::optional<int> Options::*, std::string Options::*,
                             std::optional<std::string> Options::*, std::vector<std::string> Options::*>;

@@ -1,4 +1,4 @@
-// options.h - what a command line says: a struct of values, filled in by options.cpp.
+// options.h - the values of a command line, filled in by options.cpp.
 #pragma once
 
 #include <optional>

@@ -86,7 +86,7 @@ std::vector<Piece> make_pieces(const Options& o, const Model& model) {
 template <class B>
 int perplexity(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
-  std::vector<Policy> policies = compared_policies(o, c);
+  std::vector<Policy> policies = compared_policies(o, model);
   if (policies.size() > 1 && policies[1].method == Method::full) policies.pop_back();
   const std::vector<Piece> pieces = make_pieces(o, model);
   for (const Piece& p : pieces)

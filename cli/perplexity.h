@@ -25,7 +25,7 @@ struct Piece {
 };
 
 // Cuts a text's ids into pieces of n prompt tokens, BoS in front of each and counted (where bos >= 0), and m answer
-// tokens. The last piece may have fewer answer tokens, but one at least; what is left then is in no piece.
+// tokens. The last piece may have fewer answer tokens, but at least one; a shorter rest is dropped.
 inline std::vector<Piece> cut(std::span<const int> text, int bos, size_t n, size_t m) {
   std::vector<Piece> pieces;
   const size_t prompt = n - (bos >= 0);
@@ -38,7 +38,7 @@ inline std::vector<Piece> cut(std::span<const int> text, int bos, size_t n, size
   return pieces;
 }
 
-// Of one distribution over the next token, against full depth's and the token that came.
+// One distribution over the next token, compared with full depth's and with the token that followed.
 struct TokenScore {
   double nll = 0;  // -ln of the token's probability
   double kl = 0;   // from full depth, nats
@@ -53,18 +53,18 @@ struct Row {
 
 // In double, because differences of log-probabilities are small.
 inline TokenScore score(const Row& full, const Row& own, size_t vocab, int token) {
-  const double most = own.logits[own.best], full_most = full.logits[full.best];
+  const double own_max = own.logits[own.best], full_max = full.logits[full.best];
   double sum = 0, full_sum = 0, lead = 0;
-  for (size_t i = 0; i < vocab; ++i) sum += std::exp(own.logits[i] - most);
-  const double norm = most + std::log(sum);
+  for (size_t i = 0; i < vocab; ++i) sum += std::exp(own.logits[i] - own_max);
+  const double norm = own_max + std::log(sum);
   TokenScore s{norm - own.logits[token], 0, full.best == own.best};
   if (full.logits == own.logits) return s;
   for (size_t i = 0; i < vocab; ++i) {
-    const double e = std::exp(full.logits[i] - full_most);
+    const double e = std::exp(full.logits[i] - full_max);
     full_sum += e;
     lead += e * (double(full.logits[i]) - own.logits[i]);
   }
-  s.kl = std::max(lead / full_sum - (full_most + std::log(full_sum)) + norm, 0.0);  // below 0 only by rounding
+  s.kl = std::max(lead / full_sum - (full_max + std::log(full_sum)) + norm, 0.0);  // below 0 only by rounding
   return s;
 }
 
@@ -144,8 +144,7 @@ inline Quality summarize(const std::vector<TokenScore>& scores) {
   return q;
 }
 
-// What the policy does for the prompts of all pieces, up to the first answer token, and what its caches then hold at
-// the end of each, answer included.
+// Prefill work of all pieces, and the KV cache at their ends, answers included.
 struct Work {
   uint64_t prefill_flops = 0, kv_bytes = 0;
 };

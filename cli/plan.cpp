@@ -11,20 +11,13 @@ namespace speed {
 int run_plan(const Options& o, json& record) {
   if (o.model.empty() == o.shape.empty())
     throw Error(2, "-m, --shape", o.model.empty() ? "neither given" : "both given", "use one of them");
-  Config config;
-  if (o.model.empty()) {
-    for (auto& s : known_shapes())
-      if (s.name == o.shape) config.shape = s;
-  } else {
-    Model model(o.model);
-    model.need_weights();
-    config = model.config;
-  }
+  const Model model = load(o);
+  model.need_weights();
   if (o.tail > o.ctx || (o.tail == o.ctx && o.ctx > 1))
     throw Error(2, "--tail " + std::to_string(o.tail), "the prompt has " + std::to_string(o.ctx) + " tokens",
                 "use a smaller --tail");
-  const Shape& s = config.shape;
-  const Policy asked = make_policy(o, config, !o.model.empty());
+  const Shape& s = model.config.shape;
+  const Policy asked = make_policy(o, model);
   std::vector<Policy> policies = {full_depth(s.n_layers)};
   if (asked.method != Method::full) policies.push_back(asked);
   Table table({{"policy", ""},

@@ -1,4 +1,4 @@
-// policies.cpp - which policies the flags ask for. The table of policies, model.h, says what each one takes.
+// policies.cpp - from flags to policies. The table of policies in model.h says which flags each one takes.
 #include "policies.h"
 
 #include <charconv>
@@ -36,7 +36,9 @@ std::vector<int> read_ids(std::string text, const std::string& flag) {
   return ids;
 }
 
-Policy make_policy(const Options& o, const Config& c, bool has_weights) {
+Policy make_policy(const Options& o, const Model& model) {
+  const Config& c = model.config;
+  const bool has_weights = model.has_file();
   const int L = c.shape.n_layers;
   std::optional<Method> method = o.policy ? find_policy(*o.policy) : std::nullopt;
   Policy p = full_depth(L);
@@ -130,14 +132,14 @@ Options variant(const Options& o, const std::string& spec) {
   return v;
 }
 
-std::vector<Policy> compared_policies(const Options& o, const Config& c) {
-  std::vector<Policy> policies = {full_depth(c.shape.n_layers)};
+std::vector<Policy> compared_policies(const Options& o, const Model& model) {
+  std::vector<Policy> policies = {full_depth(model.config.shape.n_layers)};
   if (!o.compare || o.compare->empty()) {
-    policies.push_back(make_policy(o, c));
+    policies.push_back(make_policy(o, model));
   } else {
     std::istringstream list(*o.compare);
     for (std::string spec; std::getline(list, spec, ',');)
-      if (spec != "full") policies.push_back(make_policy(variant(o, spec), c));
+      if (spec != "full") policies.push_back(make_policy(variant(o, spec), model));
   }
   return policies;
 }
@@ -149,7 +151,7 @@ std::vector<int> read_numbers(const std::string& text, const std::string& flag) 
   return numbers;
 }
 
-std::vector<Policy> bench_policies(const Options& o, const Config& c, bool has_weights) {
+std::vector<Policy> bench_policies(const Options& o, const Model& model) {
   std::vector<Policy> all;
   std::istringstream list(o.policy.value_or(o.ks.empty() ? "full" : "full,speed"));
   for (std::string word; std::getline(list, word, ',');) {
@@ -161,12 +163,12 @@ std::vector<Policy> bench_policies(const Options& o, const Config& c, bool has_w
     if (!info(*method).takes_kept) one.every = std::nullopt;
     std::vector<int> ks = read_numbers(o.ks, "--k");
     if (ks.empty() || !info(*method).takes_k) {
-      all.push_back(make_policy(one, c, has_weights));
+      all.push_back(make_policy(one, model));
     } else {
       for (int k : ks) {
-        if (k < 1) throw Error(2, "--k", "K is 1 or more", "use 1 to " + std::to_string(c.shape.n_layers));
+        if (k < 1) throw Error(2, "--k", "K is 1 or more", "use 1 to " + std::to_string(model.config.shape.n_layers));
         one.k = k;
-        all.push_back(make_policy(one, c, has_weights));
+        all.push_back(make_policy(one, model));
       }
     }
   }

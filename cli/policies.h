@@ -9,15 +9,15 @@
 
 namespace speed {
 
-// What the flags say about the policy, for a model of this configuration. `has_weights` is false for a bare shape,
-// under which every policy can be planned. Throws Error 2 for what this model cannot run.
-Policy make_policy(const Options& o, const Config& c, bool has_weights = true);
+// The policy that the flags ask for. Throws Error 2 for what this model cannot run; a model that is only a shape can
+// run every policy.
+Policy make_policy(const Options& o, const Model& model);
 
 // Full depth, and the policies of --compare, or, where its list is empty, the one the policy flags name.
-std::vector<Policy> compared_policies(const Options& o, const Config& c);
+std::vector<Policy> compared_policies(const Options& o, const Model& model);
 
 // bench: every policy of --policy with every K of --k, where it takes one.
-std::vector<Policy> bench_policies(const Options& o, const Config& c, bool has_weights);
+std::vector<Policy> bench_policies(const Options& o, const Model& model);
 
 // "speed K=24 no BoS", "share 8/32".
 std::string describe(const Policy& p);

@@ -10,8 +10,8 @@
 namespace speed {
 
 // ---- signals ------------------------------------------------------------------------------------------------------
-// The first Ctrl-C asks the run to stop at the next layer, so that it can still say what it did; a second one kills.
-// Whatever signal kills, no half-written file is left; a model file cut short while it was mapped (SIGBUS) is named.
+// The first Ctrl-C stops the run at the next layer, so that it can still report; a second one kills the program. Any
+// signal that kills also removes a half-written file. SIGBUS means that the model file was cut short while mapped.
 
 static void die(int signal) {
   if (unfinished[0]) ::unlink(unfinished);
@@ -53,10 +53,10 @@ static void write_record(const Options& o, int argc, char** argv, json record) {
   out.finish();
 }
 
-// Libraries that read their settings when they are loaded can only be told by starting again, once.
-// OpenBLAS: Debian's is older than many processors and may take kernels for a lesser one; one thread, because OpenMP
-// makes the threads here. OpenMP: a thread that waits for the next loop spins for some microseconds, then sleeps; the
-// default, milliseconds, is a hundred times slower as soon as another program wants the core.
+// OpenBLAS and OpenMP read these settings when they are loaded, so the program sets them and starts itself again, once.
+// OpenBLAS: one thread, because OpenMP makes the threads here; and kernels for this processor, which Debian's version
+// may be too old to know. OpenMP: a thread that waits for the next loop spins some microseconds, then sleeps. With the
+// default, milliseconds, a run is a hundred times slower as soon as another program needs the core.
 static void set_up_libraries(char** argv) {
   if (std::getenv("OPENBLAS_NUM_THREADS")) return;
   setenv("OPENBLAS_NUM_THREADS", "1", 1);

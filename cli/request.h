@@ -1,4 +1,4 @@
-// request.h - from what the user typed to token ids: text, model, where the prompt ends, how much context.
+// request.h - from the user's text to token ids: which model, where the prompt ends, how much context.
 #pragma once
 
 #include <atomic>

@@ -28,7 +28,7 @@ template <class B>
 int trace(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
   const Shape& s = c.shape;
-  const Policy policy = make_policy(o, c);
+  const Policy policy = make_policy(o, model);
   const Request r = make_request(o, model);
   const size_t N = r.ids.size(), split = split_under(policy, o, r), T = N - split;
   note_if_not_adapted({policy}, c);

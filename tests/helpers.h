@@ -76,20 +76,24 @@ inline Policy policy(Method m, int L, int k = 0, bool bos = true, std::vector<in
   return p;
 }
 
-// Every policy that a model can run, K = L and all kept among them.
+// Every policy that a model can run, at every K; K = L and all layers kept among them.
 inline std::vector<Policy> all_policies(const Config& c) {
   const int L = c.shape.n_layers;
-  std::vector<Policy> all = {full_depth(L)};
-  for (int k = 1; k <= L; ++k) {
-    all.push_back(policy(Method::speed, L, k, true));
-    all.push_back(policy(Method::speed, L, k, false));
-    all.push_back(policy(Method::pop, L, k));
-  }
-  if (c.swiftkv_k) all.push_back(policy(Method::swiftkv, L, c.swiftkv_k, true, {}, c.swiftkv_group));
   std::vector<int> every(L);
   for (int l = 0; l < L; ++l) every[l] = l;
-  for (const std::vector<int>& keep : {std::vector<int>{0}, {0, 2}, {0, 1}, every})
-    all.push_back(policy(Method::share, L, 0, true, keep));
+  std::vector<Policy> all;
+  for (const PolicyInfo& takes : policies) {
+    if (takes.takes_group) {
+      if (c.swiftkv_k) all.push_back(policy(takes.method, L, c.swiftkv_k, true, {}, c.swiftkv_group));
+    } else if (takes.takes_kept) {
+      for (const std::vector<int>& keep : {std::vector<int>{0}, {0, 2}, {0, 1}, every})
+        all.push_back(policy(takes.method, L, 0, true, keep));
+    } else {
+      for (int k = takes.takes_k ? 1 : L; k <= L; ++k)
+        for (bool bos : {true, false})
+          if (bos || takes.takes_bos) all.push_back(policy(takes.method, L, k, bos));
+    }
+  }
   return all;
 }
 

@@ -1,10 +1,11 @@
-"""Writes text/unicode.h: which code points are \\p{L}, \\p{N} and \\s to the tokenizer libraries this engine must equal.
+"""Writes text/unicode.h: the code points that \\p{L}, \\p{N} and \\s match in the tokenizer libraries.
 
 Usage: make_unicode.py [--check]   (from any folder; needs tokenizers 0.23.3 and tiktoken 0.14.0)
 
-The table is read off Hugging Face's `tokenizers`, code point by code point, and must agree with `tiktoken`. With
---check nothing is written, and the exit code says whether the committed unicode.h is what would be written.
+Every code point is tried in Hugging Face's `tokenizers`, and `tiktoken` must agree. With --check nothing is written,
+and the exit code says whether the committed unicode.h is up to date.
 """
+
 import pathlib
 import sys
 
@@ -32,7 +33,7 @@ def of_tiktoken(pattern):
 def ranges(code_points):
     out = []
     for c in code_points:
-        # The surrogates between U+D7FF and U+E000 are no characters, so a range may not run across them either.
+        # The surrogates between U+D7FF and U+E000 are not characters, so no range may contain them.
         if out and out[-1][1] + 1 == c:
             out[-1][1] = c
         else:
@@ -42,7 +43,8 @@ def ranges(code_points):
 
 def header():
     lines = [
-        "// unicode.h - the code points of \\p{L}, \\p{N} and \\s, as Hugging Face's and OpenAI's tokenizers know them.",
+        "// unicode.h - the code points of \\p{L}, \\p{N} and \\s, "
+        "as Hugging Face's and OpenAI's tokenizers know them.",
         "//",
         f"// Written by tests/make_unicode.py from tokenizers {tokenizers.__version__}, code point by code point; "
         f"tiktoken {tiktoken.__version__} agrees.",
@@ -69,7 +71,7 @@ def header():
                 line = " "
             line += item
         lines += [line, "};"]
-    return "\n".join(lines + ["", "}  // namespace speed", ""])
+    return "\n".join([*lines, "", "}  // namespace speed", ""])
 
 
 if __name__ == "__main__":

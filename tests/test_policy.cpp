@@ -60,8 +60,10 @@ TEST_CASE("K = L is full in every count", "[policy]") {
   for (const Shape& s : known_shapes()) {
     const int L = s.n_layers;
     std::vector<int> all = every(1, L);
-    for (const Policy& p : {policy(Method::speed, L, L), policy(Method::speed, L, L, false), policy(Method::pop, L, L),
-                            policy(Method::swiftkv, L, L, true, {}, 3), policy(Method::share, L, 0, true, all)}) {
+    for (const PolicyInfo& takes : policies) {
+      INFO(takes.name);
+      const Policy p = policy(takes.method, L, L, true, takes.takes_kept ? all : std::vector<int>{}, 3);
+      CHECK(p.is_full());
       const Policy full = full_depth(L);
       const Cost a{s, p}, b{s, full};
       CHECK(a.prefill_flops(777, 4) == b.prefill_flops(777, 4));

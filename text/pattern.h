@@ -23,8 +23,8 @@ namespace speed {
   throw Error(1, "tokenizer", why, "export the checkpoint again");
 }
 
-// One regular expression. Accepts the syntax in which PCRE2, Oniguruma (Hugging Face) and Rust (tiktoken) agree, and
-// writes \p{L}, \p{N}, \s and their negations out as the ranges of unicode.h, for PCRE2's own are another Unicode's.
+// One regular expression. Accepts the syntax in which PCRE2, Oniguruma (Hugging Face) and Rust (tiktoken) agree.
+// \p{L}, \p{N}, \s and their negations are replaced by the ranges of unicode.h, because PCRE2 has an older Unicode.
 class SplitPattern {
  public:
   explicit SplitPattern(const std::string& pattern) {
@@ -49,26 +49,26 @@ class SplitPattern {
     std::unique_ptr<pcre2_match_context, Free> context(pcre2_match_context_create(nullptr));
     if (!found || !context) throw std::bad_alloc();
     pcre2_set_heap_limit(context.get(), 1 << 20);  // in KiB
-    // Each starting position gets a few steps, and what more it needs comes from one store: backtracking a few times
-    // over the whole text is within it, running away is not. PCRE2's JIT is three times as fast, but leaves steps
-    // uncounted. A step may still scan the whole text (a possessive repetition in a look-ahead does, everywhere), so
-    // there is a limit of processor time too: 4 microseconds a byte, far more than published patterns take.
-    uint64_t store = std::min<uint64_t>(1'000'000 + 32 * uint64_t(text.size()), 1u << 31);
+    // A hostile pattern can backtrack for ever, so steps are limited: a few for each starting position, more from a
+    // budget of the whole text, enough to backtrack over it a few times. PCRE2's JIT is three times as fast, but does
+    // not count steps. One step may still scan the whole text (a possessive repetition in a look-ahead), so processor
+    // time is limited too: 4 microseconds a byte, far more than published patterns take.
+    uint64_t budget = std::min<uint64_t>(1'000'000 + 32 * uint64_t(text.size()), 1u << 31);
     const double most_seconds = processor_seconds() + 1 + 4e-6 * double(text.size());
-    auto looked = std::chrono::steady_clock::now();  // a cheap clock says when to ask the dear one
+    auto last_check = std::chrono::steady_clock::now();  // cheap to read; processor time is not
     const auto subject = reinterpret_cast<PCRE2_SPTR>(text.data());
     auto match_at = [&](size_t at) {
       for (uint32_t limit = 256;; limit *= 2) {
         pcre2_set_match_limit(context.get(), limit);
         const int rc =
             pcre2_match(code_.get(), subject, text.size(), at, PCRE2_NO_UTF_CHECK, found.get(), context.get());
-        if (const auto now = std::chrono::steady_clock::now(); now - looked > std::chrono::milliseconds(20)) {
-          looked = now;
+        if (const auto now = std::chrono::steady_clock::now(); now - last_check > std::chrono::milliseconds(20)) {
+          last_check = now;
           if (processor_seconds() > most_seconds)
             bad_tokenizer("split pattern gives up on this text (it takes too long)");
         }
-        if (rc != PCRE2_ERROR_MATCHLIMIT || store < limit) return rc;
-        store -= limit;
+        if (rc != PCRE2_ERROR_MATCHLIMIT || budget < limit) return rc;
+        budget -= limit;
       }
     };
     size_t done = 0;
@@ -88,7 +88,7 @@ class SplitPattern {
   }
 
  private:
-  // Of this thread: a busy or paused machine does not stretch it.
+  // Of this thread: other programs on a busy machine do not count.
   static double processor_seconds() {
     timespec t{};
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);

@@ -38,7 +38,7 @@ void use(const Model& m) {
     o.policy = policy.name;
     if (policy.takes_kept) o.every = 2;
     try {
-      const Policy p = make_policy(o, m.config);
+      const Policy p = make_policy(o, m);
       const Cost cost{s, p};
       require(cost.kv_bytes(10, 10, 2) > 0 && cost.prefill_flops(10, 1) > 0 && cost.weight_bytes(2) > 0,
               "costs are positive");

@@ -1,24 +1,26 @@
-"""What only a GPU can show, in one command: `make gpu-check`, which builds, runs this, and leaves docs/gpu/check.{json,md}.
+"""The checks that need a GPU, in one command: `make gpu-check` builds, runs them, and writes docs/gpu/check.{json,md}.
 
     check.py [--minutes N] [--out FOLDER] [--only STEP,...] [--seed N] [--device cpu]
 
-SPEED: the program (default ./speed), TESTS: tests/test_gpu.cpp built by nvcc (default build-gpu/tests), SPEED_MODEL:
-the exported SmolLM2; where SPEED and TESTS are given, `make gpu-check` builds nothing. Needs an NVIDIA GPU; the
-comparison with Hugging Face also torch and transformers, the memory checks compute-sanitizer. What a machine cannot do
-is skipped, and the report says so. A step that fails makes the exit status 1, and the others still run. A step starts
-only if its share of the minutes (8) is left; the report is written after each. --device cpu tries the script itself
-where there is no GPU.
+Environment: SPEED is the program (default ./speed), TESTS is tests/test_gpu.cpp built by nvcc (default
+build-gpu/tests), SPEED_MODEL is the exported SmolLM2. Needs an NVIDIA GPU. The comparison with Hugging Face also needs
+torch and transformers; the memory checks need compute-sanitizer. A step that the machine cannot do is skipped, and the
+report says so. If a step fails, the others still run, and the exit status is 1. A step starts only if the seconds it
+needs are left of the minutes (8). The report is written after each step. --device cpu tests this script on a machine
+without a GPU. With SPEED and TESTS given, `make gpu-check` builds nothing.
 
 Steps
-  kernels    every kernel against cpu/reference.h on fresh random inputs, outputs poisoned; whole models and laws (test_gpu.cpp)
-  repeat     the same logits and the same text twice, bit for bit
-  laws       K = L, and all caches kept, equal full depth bit for bit through the program
-  hf         logits beside Hugging Face in fp32 on this GPU, under every policy. Hugging Face in bf16 stands in the same
-             distance to it: Kullback-Leibler divergence and how often the likeliest token is another one. Ours must not
-             be larger. (Counts of other tokens are compared within two of their standard deviations.)
-  sanitizer  memcheck, racecheck, synccheck, initcheck over the kernels, the small model and one with heads of 128. Only
-             our own kernels: of cuBLAS's it reports errors that are none
+  kernels    every kernel against cpu/reference.h, on new random inputs, outputs filled with NaN; whole models and laws
+             (test_gpu.cpp)
+  repeat     two runs give the same logits and the same text, bit for bit
+  laws       K = L, and share with all caches kept, equal full depth bit for bit
+  hf         logits under every policy, compared with Hugging Face in fp32 on this GPU: the KL divergence, and how many
+             rows have another most likely token. Neither may be larger than Hugging Face's own in bf16. (Two standard
+             deviations are allowed for the number of rows.)
+  sanitizer  memcheck, racecheck, synccheck and initcheck on the kernels, the small model and one with heads of 128.
+             Only our own kernels are watched: of cuBLAS's the tools report errors that are none
 """
+
 import argparse
 import json
 import os
@@ -32,7 +34,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "hf"))
-from places import ROOT, SMOLLM2, SPEED  # noqa: E402
+from places import ROOT, SMOLLM2, SPEED
 
 TESTS = os.environ.get("TESTS", str(ROOT / "build-gpu" / "tests"))
 SMALL = ROOT / "models" / "small.safetensors"
@@ -41,19 +43,47 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 STEPS = {"kernels": 20, "repeat": 15, "laws": 20, "hf": 40, "sanitizer": 20}
 QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is resane. What is Feta?"
 
-# Heads of 128, four queries to a key as in Llama-3.1-8B, in a model that takes a second to make; one with SwiftKV and
-# heads of 64; and two layers of Llama-3.1-8B's own shape.
-HEAD128 = dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=128,
-               intermediate_size=1024, vocab_size=1024, rope_theta=500000.0, max_position_embeddings=4096)
-SWIFTKV = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
-               intermediate_size=512, vocab_size=512, rope_theta=500000.0, max_position_embeddings=4096,
-               num_key_value_layers=3, key_value_group_size=2)
-LLAMA = dict(hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-             intermediate_size=14336, vocab_size=2048, rope_theta=500000.0, max_position_embeddings=4096)
+# Three shapes. A small model with heads of 128, and four query heads for each KV head as in Llama-3.1-8B. One with
+# SwiftKV and heads of 64. Two layers of Llama-3.1-8B.
+HEAD128 = dict(
+    hidden_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=128,
+    intermediate_size=1024,
+    vocab_size=1024,
+    rope_theta=500000.0,
+    max_position_embeddings=4096,
+)
+SWIFTKV = dict(
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=512,
+    vocab_size=512,
+    rope_theta=500000.0,
+    max_position_embeddings=4096,
+    num_key_value_layers=3,
+    key_value_group_size=2,
+)
+LLAMA = dict(
+    hidden_size=4096,
+    num_hidden_layers=2,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    vocab_size=2048,
+    rope_theta=500000.0,
+    max_position_embeddings=4096,
+)
 
 
 class Skip(Exception):
-    """The machine cannot do this; the text says why."""
+    """The machine cannot do this step. The text says why."""
 
 
 class Failed(Exception):
@@ -65,12 +95,20 @@ def seconds_left(args):
 
 
 def run(*command, timeout=240, **more):
-    """stdout and stderr together of a command, and its exit status."""
+    """Standard output and error of a command, in one text, and its exit status."""
     try:
-        done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              errors="replace", timeout=timeout, cwd=ROOT, **more)
+        done = subprocess.run(
+            [str(c) for c in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            cwd=ROOT,
+            **more,
+        )
     except subprocess.TimeoutExpired:
-        raise Failed(f"{' '.join(map(str, command))[:120]}: no end after {timeout:.0f} s")
+        raise Failed(f"{' '.join(map(str, command))[:120]}: still running after {timeout:.0f} s") from None
     return done.stdout, done.returncode
 
 
@@ -95,11 +133,12 @@ def flags(policy="full", k=None, bos=True, keep=None):
 def logits(args, model, tokens, split, **policy):
     """The program's logits, float32 [N - split, vocab]."""
     import numpy as np
+
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch) / "ids.txt", Path(scratch) / "out.npy"
         ids.write_text(" ".join(map(str, tokens)))
-        need(SPEED, "logits", "-m", model, "--device", args.device, "--tokens-file", ids, "--split", split, "--out", out,
-             *flags(**policy))
+        command = [SPEED, "logits", "-m", model, "--device", args.device, "--tokens-file", ids, "--split", split]
+        need(*command, "--out", out, *flags(**policy))
         return np.load(out)
 
 
@@ -114,8 +153,9 @@ def config_of(model):
 
 
 def tokens_of(model, count, seed):
-    """BoS and a text: the project's own for a tokenizer of real words, else random ids."""
+    """BoS and `count` - 1 more ids: README.md if the tokenizer has real words, else random ids."""
     import numpy as np
+
     config = config_of(model)
     if config["vocab_size"] > 10000:
         ids = [int(i) for i in need(SPEED, "tokenize", "-m", model, "-f", "README.md").split()]
@@ -126,6 +166,7 @@ def tokens_of(model, count, seed):
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
+
 def kernels(report, args, work):
     out = need(TESTS, "[gpu]", env={**os.environ, "SPEED_TEST_SEED": str(args.seed)})
     report["tests"] = out.strip().splitlines()[-1]
@@ -133,12 +174,15 @@ def kernels(report, args, work):
 
 def repeat(report, args, work):
     import numpy as np
+
     for model in models(work):
         tokens = tokens_of(model, 300, args.seed)
         first, second = (logits(args, model, tokens, 100) for _ in range(2))
         if first.tobytes() != second.tobytes() or not np.isfinite(first).all():
             raise Failed(f"{model.name}: two runs differ, or are not finite")
-        texts = [need(SPEED, "generate", "-m", model, "--device", args.device, "-p", QUESTION, "-n", 40) for _ in range(2)]
+        texts = [
+            need(SPEED, "generate", "-m", model, "--device", args.device, "-p", QUESTION, "-n", 40) for _ in range(2)
+        ]
         if texts[0].splitlines()[0] != texts[1].splitlines()[0]:
             raise Failed(f"{model.name}: two greedy texts differ")
     report["models"] = [m.name for m in models(work)]
@@ -149,9 +193,13 @@ def laws(report, args, work):
     for model in models(work):
         layers, tokens = config_of(model)["num_hidden_layers"], tokens_of(model, 200, args.seed)
         full = logits(args, model, tokens, 150).tobytes()
-        for policy in ({"policy": "speed", "k": layers}, {"policy": "speed", "k": layers, "bos": False},
-                       {"policy": "pop", "k": layers}, {"policy": "pop", "k": layers - 1},
-                       {"policy": "share", "keep": range(layers)}):
+        for policy in (
+            {"policy": "speed", "k": layers},
+            {"policy": "speed", "k": layers, "bos": False},
+            {"policy": "pop", "k": layers},
+            {"policy": "pop", "k": layers - 1},
+            {"policy": "share", "keep": range(layers)},
+        ):
             if logits(args, model, tokens, 150, **policy).tobytes() != full:
                 raise Failed(f"{model.name}: {policy} is not full depth bit for bit")
             cases += 1
@@ -161,9 +209,10 @@ def laws(report, args, work):
 
 
 def divergence(ours, reference):
-    """Mean Kullback-Leibler divergence in nats from the reference's distribution, and the rows with another top token;
-    infinite if anything is not finite."""
+    """Mean KL divergence from the reference's distribution in nats, and the number of rows with another most likely
+    token. Infinite, and all rows, if anything is not finite."""
     import numpy as np
+
     if ours.shape != reference.shape or not np.isfinite(ours).all():
         return float("inf"), ours.shape[0]
 
@@ -178,19 +227,25 @@ def divergence(ours, reference):
 def hf(report, args, work):
     try:
         import torch
+
         import reference
     except ImportError as error:
-        raise Skip(f"{error}: run this with the virtual environment that `make test-hf` makes")
+        raise Skip(f"{error}: run this with the virtual environment that `make test-hf` makes") from None
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Skip("torch sees no GPU")
     torch.backends.cuda.matmul.allow_tf32 = False
     report["torch"], report["cases"], bad = torch.__version__, [], []
     # The last one, two layers of Llama-3.1-8B's size, is made only when it is its turn: 20 s and 2 GB.
-    for model, count, split in ((SMALL, 400, 100), (SMOLLM2, 1000, 400), (work["head128"], 600, 200),
-                                (work["swiftkv"], 600, 200), (work["llama"], 600, 200)):
+    for model, count, split in (
+        (SMALL, 400, 100),
+        (SMOLLM2, 1000, 400),
+        (work["head128"], 600, 200),
+        (work["swiftkv"], 600, 200),
+        (work["llama"], 600, 200),
+    ):
         if seconds_left(args) < 20:
-            report["cases"].append({"model": getattr(model, "name", "llama-3.1-8b-layers"),
-                                    "skipped": f"the {args.minutes:g} minutes are over"})
+            name = getattr(model, "name", "llama-3.1-8b-layers")
+            report["cases"].append({"model": name, "skipped": f"the {args.minutes:g} minutes are over"})
             continue
         if callable(model):
             model = model()
@@ -199,22 +254,37 @@ def hf(report, args, work):
             continue
         tokens, layers = tokens_of(model, count, args.seed), config_of(model)["num_hidden_layers"]
         k = max(1, layers * 3 // 4)
-        policies = [{"policy": "full"}, {"policy": "speed", "k": k}, {"policy": "speed", "k": k, "bos": False},
-                    {"policy": "pop", "k": k},
-                    {"policy": "share", "keep": [l for l in range(layers) if l < k or (l - k) % 2]}]
+        policies = [
+            {"policy": "full"},
+            {"policy": "speed", "k": k},
+            {"policy": "speed", "k": k, "bos": False},
+            {"policy": "pop", "k": k},
+            {"policy": "share", "keep": [i for i in range(layers) if i < k or (i - k) % 2]},
+        ]
         if config_of(model)["swiftkv"]:
             policies.append({"policy": "swiftkv", "k": config_of(model)["swiftkv"]["num_key_value_layers"]})
-        exact, theirs = (references(torch, reference, args, model, tokens, split, policies, dtype)
-                         for dtype in (torch.float32, torch.bfloat16))
-        for policy, right, other in zip(policies, exact, theirs):
+        exact, theirs = (
+            references(torch, reference, args, model, tokens, split, policies, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        for policy, right, other in zip(policies, exact, theirs, strict=True):
             ours = logits(args, model, tokens, split, **policy)
             (kl, flips), (hf_kl, hf_flips) = divergence(ours, right), divergence(other, right)
-            case = {"model": model.name, "policy": " ".join(map(str, flags(**policy)[1:])), "rows": len(right),
-                    "kl": kl, "hf_bf16_kl": hf_kl, "other_token": flips, "hf_bf16_other_token": hf_flips}
+            case = {
+                "model": model.name,
+                "policy": " ".join(map(str, flags(**policy)[1:])),
+                "rows": len(right),
+                "kl": kl,
+                "hf_bf16_kl": hf_kl,
+                "other_token": flips,
+                "hf_bf16_other_token": hf_flips,
+            }
             report["cases"].append(case)
             if not (kl <= hf_kl and flips <= hf_flips + 2 * (hf_flips + 1) ** 0.5):
-                bad.append(f"{case['model']} {case['policy']}: KL {kl:.2e} against {hf_kl:.2e}, other token "
-                           f"{flips} against {hf_flips} of {len(right)}")
+                bad.append(
+                    f"{case['model']} {case['policy']}: KL {kl:.2e} against {hf_kl:.2e}, other token "
+                    f"{flips} against {hf_flips} of {len(right)}"
+                )
     if bad:
         raise Failed("further from Hugging Face in fp32 than its bf16 is: " + "; ".join(bad))
 
@@ -226,8 +296,8 @@ def references(torch, reference, args, model, tokens, split, policies, dtype):
         rotary = net.model.rotary_emb
         frequencies = rotary.inv_freq.clone()
         net = net.to(args.device, dtype)
-        rotary.inv_freq = frequencies.to(args.device)  # fp32 in any bf16 model that transformers loads by itself
-        loaded = net, {name: x.to(args.device, dtype) for name, x in swiftkv.items()}, config
+        rotary.inv_freq = frequencies.to(args.device)  # transformers keeps them in fp32 in a bf16 model too
+        loaded = reference.Loaded(net, {name: x.to(args.device, dtype) for name, x in swiftkv.items()}, config)
         return [reference.logits(loaded, tokens, split, **p) for p in policies]
 
 
@@ -235,9 +305,12 @@ def sanitizer(report, args, work):
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         raise Skip("compute-sanitizer is not installed (NVIDIA's package cuda-sanitizer)")
-    targets = {"kernels": [TESTS, "[gpu]~[model]"],
-               "small": [SPEED, "generate", "-m", SMALL, "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 5],
-               "head128": [SPEED, "generate", "-m", work["head128"], "--device", args.device, "-p", QUESTION, "-n", 8, "--k", 2]}
+    flags = ["--device", args.device, "-p", QUESTION, "-n", 8]
+    targets = {
+        "kernels": [TESTS, "[gpu]~[model]"],
+        "small": [SPEED, "generate", "-m", SMALL, *flags, "--k", 5],
+        "head128": [SPEED, "generate", "-m", work["head128"], *flags, "--k", 2],
+    }
     report["tools"], bad = {}, []
     for name in TOOLS:
         for target, command in targets.items():
@@ -246,15 +319,17 @@ def sanitizer(report, args, work):
                 report["tools"][f"{name} {target}"] = f"skipped: the {args.minutes:g} minutes are over"
                 continue
             try:
-                out, code = run(tool, "--tool", name, "--kernel-regex", "kns=5speed", "--error-exitcode", 99, *command,
-                                timeout=min(90, left))
+                watch = [tool, "--tool", name, "--kernel-regex", "kns=5speed", "--error-exitcode", 99]
+                out, code = run(*watch, *command, timeout=min(90, left))
             except Failed as error:
                 report["tools"][f"{name} {target}"] = f"skipped: {error}"
                 continue
             summary = [line for line in out.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-            if not summary:  # it never got to watch the program
+            if not summary:  # the tool did not start the program
                 last = out.strip().splitlines()[-1:] or ["no output"]
-                report["tools"][f"{name} {target}"] = f"skipped: the tool refuses this machine: {last[0].strip()[-160:]}"
+                report["tools"][f"{name} {target}"] = (
+                    f"skipped: the tool refuses this machine: {last[0].strip()[-160:]}"
+                )
             elif code:
                 report["tools"][f"{name} {target}"] = f"FAILED (exit {code}): {summary[-1].strip('= ')}"
                 bad.append(f"{name} {target}: {summary[-1].strip('= ')}")
@@ -268,6 +343,7 @@ def sanitizer(report, args, work):
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 
+
 def machine(device):
     def text(*command):
         try:
@@ -280,28 +356,46 @@ def machine(device):
     if device == "cuda" and not query:
         raise SystemExit("gpu-check: nvidia-smi finds no GPU; this check needs one")
     nvcc = text("nvcc", "--version") or text("/usr/local/cuda/bin/nvcc", "--version")
-    return {"commit": text("git", "describe", "--always", "--dirty"), "gpu": query.splitlines()[0] if query else "none",
-            "toolkit": nvcc.splitlines()[-1] if nvcc else "unknown", "python": platform.python_version(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {
+        "commit": text("git", "describe", "--always", "--dirty"),
+        "gpu": query.splitlines()[0] if query else "none",
+        "toolkit": nvcc.splitlines()[-1] if nvcc else "unknown",
+        "python": platform.python_version(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def markdown(record):
-    lines = ["# Checked on a GPU", "", f"{record['gpu']}; toolkit {record['toolkit']}; commit {record['commit']}; "
-             f"{record['time']}; seed {record['seed']}. `make gpu-check` writes this file; "
-             "[check.json](check.json) is its record.", "", "| step | result | seconds |", "|---|---|---|"]
+    lines = [
+        "# Checked on a GPU",
+        "",
+        f"{record['gpu']}; toolkit {record['toolkit']}; commit {record['commit']}; "
+        f"{record['time']}; seed {record['seed']}. `make gpu-check` writes this file; "
+        "[check.json](check.json) is its record.",
+        "",
+        "| step | result | seconds |",
+        "|---|---|---|",
+    ]
     for name, step in record["steps"].items():
         lines.append(f"| {name} | {step['result']} | {step['seconds']:.0f} |")
     cases = record["steps"].get("hf", {}).get("cases", [])
     if cases:
-        lines += ["", "Distance from Hugging Face in fp32 on the same GPU: mean KL divergence in nats, and rows whose "
-                  "likeliest token is another one.", "",
-                  "| model | policy | rows | KL | KL, HF bf16 | other token | HF bf16 |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "Distance from Hugging Face in fp32 on the same GPU: mean KL divergence in nats, and rows whose "
+            "most likely token differs.",
+            "",
+            "| model | policy | rows | KL | KL, HF bf16 | other token | HF bf16 |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for c in cases:
             if "skipped" in c:
                 lines.append(f"| {c['model']} | skipped: {c['skipped']} | | | | | |")
             else:
-                lines.append(f"| {c['model']} | {c['policy']} | {c['rows']} | {c['kl']:.1e} | {c['hf_bf16_kl']:.1e} | "
-                             f"{c['other_token']} | {c['hf_bf16_other_token']} |")
+                lines.append(
+                    f"| {c['model']} | {c['policy']} | {c['rows']} | {c['kl']:.1e} | {c['hf_bf16_kl']:.1e} | "
+                    f"{c['other_token']} | {c['hf_bf16_other_token']} |"
+                )
     tools = record["steps"].get("sanitizer", {}).get("tools", {})
     if tools:
         lines += ["", "| compute-sanitizer | |", "|---|---|", *(f"| {name} | {text} |" for name, text in tools.items())]
@@ -329,8 +423,11 @@ def main():
             checkpoint = random_models.write_checkpoint(Path(scratch) / name, spec, args.seed, "BF16")
             return random_models.export(checkpoint, Path(scratch) / f"{name}.safetensors")
 
-        work = {"head128": made("head128", HEAD128), "swiftkv": made("swiftkv", SWIFTKV),
-                "llama": lambda: made("llama-3.1-8b-layers", LLAMA)}
+        work = {
+            "head128": made("head128", HEAD128),
+            "swiftkv": made("swiftkv", SWIFTKV),
+            "llama": lambda: made("llama-3.1-8b-layers", LLAMA),
+        }
         for name in STEPS:
             if name not in wanted:
                 continue

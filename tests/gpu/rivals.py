@@ -1,8 +1,9 @@
 """What others reach on this GPU in the shapes of Llama-3.1-8B, through PyTorch: `rivals.py [STEM]`, a line each.
 
-Attention by cuDNN and by FlashAttention-2, products by cuBLAS, copies: the names and sizes of times.cu, so that lines can
-be laid side by side. Every time is the median of several runs after one uncounted. STEM.tsv is the same for programs.
+Attention by cuDNN and by FlashAttention-2, products by cuBLAS, copies, in the sizes of times.cu. Every time is the
+median of several runs after one uncounted. STEM.tsv is the same for programs.
 """
+
 import sys
 
 
@@ -19,12 +20,12 @@ def main():
         return 3
     record = open(f"{sys.argv[1]}.tsv", "w") if len(sys.argv) > 1 else None
 
-    def median_seconds(work, repeats=7):
+    def median_seconds(work, *operands, repeats=7, **more):
         seconds = []
         for _ in range(repeats + 1):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            work()
+            work(*operands, **more)
             end.record()
             torch.cuda.synchronize()
             seconds.append(begin.elapsed_time(end) / 1e3)
@@ -50,8 +51,9 @@ def main():
                 k, v = (x.repeat_interleave(4, 1) for x in (k, v))
             try:
                 with sdpa_kernel(backend):
-                    seconds = median_seconds(lambda: F.scaled_dot_product_attention(
-                        q, k, v, is_causal=rows > 1, enable_gqa=grouped), repeats)
+                    seconds = median_seconds(
+                        F.scaled_dot_product_attention, q, k, v, repeats=repeats, is_causal=rows > 1, enable_gqa=grouped
+                    )
                 line(f"{name}, {length}" + ("" if grouped else ", keys repeated"), seconds, length * 4096, flops)
                 return
             except RuntimeError as error:
@@ -59,11 +61,9 @@ def main():
         print(f"{name}, {length}: refused: {refused[:90]}", flush=True)
 
     print(f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}")
-    a = values(1 << 29)
-    b = torch.empty_like(a)
-    line("copy 1 GiB, read and written", median_seconds(lambda: b.copy_(a)), 4 << 29)
-    line("largest of 1 GiB, read", median_seconds(lambda: a.view(torch.int32).max()), 2 << 29)
-    del a, b
+    a, b = values(1 << 29), values(1 << 29)
+    line("copy 1 GiB, read and written", median_seconds(b.copy_, a), 4 << 29)
+    line("largest of 1 GiB, read", median_seconds(torch.max, a.view(torch.int32)), 2 << 29)
     kinds = ((SDPBackend.CUDNN_ATTENTION, "cuDNN attention"), (SDPBackend.FLASH_ATTENTION, "FlashAttention-2"))
     for length in (2048, 8192, 32768):
         for backend, name in kinds:
@@ -72,12 +72,16 @@ def main():
         for backend, name in kinds:
             attention(f"{name}, one row", backend, length, 1)
     x = values(8192, 8192)
-    line("cuBLAS 8192^3", median_seconds(lambda: x @ x.T), flops=2 * 8192**3)
+    line("cuBLAS 8192^3", median_seconds(torch.matmul, x, x.T), flops=2 * 8192**3)
     for rows in (2048, 8192):
-        for name, n_in, n_out in (("Q, K and V in one", 4096, 6144), ("O", 4096, 4096),
-                                  ("gate and up in one", 4096, 28672), ("down", 14336, 4096)):
+        for name, n_in, n_out in (
+            ("Q, K and V in one", 4096, 6144),
+            ("O", 4096, 4096),
+            ("gate and up in one", 4096, 28672),
+            ("down", 14336, 4096),
+        ):
             x, w = values(rows, n_in), values(n_out, n_in)
-            line(f"cuBLAS {name}, {rows} rows", median_seconds(lambda: x @ w.T), flops=2 * rows * n_in * n_out)
+            line(f"cuBLAS {name}, {rows} rows", median_seconds(torch.matmul, x, w.T), flops=2 * rows * n_in * n_out)
     return 0
 
 

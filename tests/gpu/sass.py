@@ -1,6 +1,8 @@
 """What the compiler made of the kernels, read from the machine code: `make sass`. Needs no GPU.
 
-    sass.py [PROGRAM]       (default ./speed-cuda) with cuobjdump on the PATH, beside nvcc, or in the Python package triton
+    sass.py [PROGRAM]       (default ./speed-cuda)
+
+Runs cuobjdump: on the PATH, beside nvcc, or in the Python package triton.
 
 A kernel can be right and slow because of one decision of ptxas. Each of these happened once:
   - matvec had 2 or 3 loads in flight instead of 12: ptxas saved registers by moving each load down to its first use;
@@ -12,6 +14,7 @@ loops bound by memory issue all their loads before the first one is used, and th
 own tensor-core instruction (HGMMA) and no other, with all exponentials of a tile between the waits for S and for P V.
 Exit status 1 where one does not hold.
 """
+
 import re
 import shutil
 import subprocess
@@ -37,7 +40,9 @@ def cuobjdump():
         try:
             import triton
         except ImportError:
-            raise SystemExit("sass: no cuobjdump: install it with the CUDA toolkit, or the Python package triton")
+            raise SystemExit(
+                "sass: no cuobjdump: install it with the CUDA toolkit, or the Python package triton"
+            ) from None
         found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return found
 

@@ -1,9 +1,12 @@
-"""Writes tests/golden: tiny random models as exported files, and Hugging Face's logits for every policy, so that the
+"""Writes tests/golden: tiny random models as exported files, and Hugging Face's logits for every policy. With them the
 C++ tests compare with Hugging Face without Python. `make_golden.py [FOLDER]`; the same seeds give the same files.
 
-cases.json: {model, tokens, split, policy, k, bos, keep, group, file} a case; file: float32 [N - split, vocab].
-greedy.json: {model, tokens, split, policy, k, bos, keep, group, new}; new: the ids Hugging Face adds greedily.
+cases.json: one {model, tokens, split, policy, k, bos, keep, group, file} for each case. `file` holds float32
+[N - split, vocab].
+greedy.json: {model, tokens, split, policy, k, bos, keep, group, new}. `new` holds the ids of Hugging Face's greedy
+decoding.
 """
+
 import json
 import sys
 import tempfile
@@ -17,7 +20,7 @@ import reference
 
 
 def policies(config):
-    """Every policy the model can run, as keyword arguments of reference.logits."""
+    """Every policy that the model can run, as keyword arguments of reference.logits."""
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
     yield {"policy": "full"}
     for k in range(1, layers):
@@ -33,9 +36,16 @@ def policies(config):
 
 def described(name, config, tokens, split, policy):
     group = config["swiftkv"]["key_value_group_size"] if policy["policy"] == "swiftkv" else None
-    return {"model": f"{name}.safetensors", "tokens": tokens, "split": split, "policy": policy["policy"],
-            "k": policy.get("k", config["num_hidden_layers"]), "bos": policy.get("bos", True),
-            "keep": policy.get("keep"), "group": group}
+    return {
+        "model": f"{name}.safetensors",
+        "tokens": tokens,
+        "split": split,
+        "policy": policy["policy"],
+        "k": policy.get("k", config["num_hidden_layers"]),
+        "bos": policy.get("bos", True),
+        "keep": policy.get("keep"),
+        "group": group,
+    }
 
 
 def main(folder):
@@ -51,16 +61,16 @@ def main(folder):
         loaded = reference.load(path)
         rng = np.random.default_rng(seed)
         text = [random_models.BOS, *(int(i) for i in rng.integers(0, random_models.BOS, 99))]
-        for i, policy in enumerate(policies(loaded[2])):
-            # lengths to both sides of the scaled model's original 32; tails of 1 to 3
+        for i, policy in enumerate(policies(loaded.config)):
+            # Lengths below and above the scaled model's original length of 32, and 1 to 3 decode-phase tokens.
             n, tail = ((40, 3), (12, 2), (100, 1))[i % 3]
             file = f"{name}-{i:02}.npy"
             np.save(folder / file, reference.logits(loaded, text[:n], n - tail, **policy))
-            cases.append({**described(name, loaded[2], text[:n], n - tail, policy), "file": file})
+            cases.append({**described(name, loaded.config, text[:n], n - tail, policy), "file": file})
             if i % 4 == 0:
                 new, lead = reference.greedy(loaded, text[:10], 9, 8, **policy)
-                assert lead > 1e-4, "a near tie: rounding could decide it; take another seed"
-                greedy.append({**described(name, loaded[2], text[:10], 9, policy), "new": new})
+                assert lead > 1e-4, "the two best tokens are so close that rounding could decide; take another seed"
+                greedy.append({**described(name, loaded.config, text[:10], 9, policy), "new": new})
     for file, rows in (("cases.json", cases), ("greedy.json", greedy)):
         (folder / file).write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     total = sum(path.stat().st_size for path in folder.iterdir())

