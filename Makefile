@@ -3,7 +3,7 @@
 # make test         builds and runs the tests; needs no Python and no network
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
-# make sass         checks what the compiler made of the CUDA kernels, in their machine code; needs no GPU
+# make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
 # make gpu-kit      packs programs and checks for a first run on a GPU machine that has no compiler
 # make gpu-bench    times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
@@ -146,7 +146,7 @@ speed-cuda: $(SOURCES)
 
 # With cuobjdump of the CUDA toolkit, or of the package triton, which the comparison with Hugging Face pins.
 sass: speed-cuda
-	@if command -v cuobjdump /usr/local/cuda/bin/cuobjdump >/dev/null; then python3 tests/gpu/sass.py; \
+	@if command -v cuobjdump >/dev/null || [ -x /usr/local/cuda/bin/cuobjdump ]; then python3 tests/gpu/sass.py; \
 	else tests/hf/run.sh "$(CACHE)" tests/gpu/sass.py; fi
 
 # The tests of the kernels once more, on the GPU itself.

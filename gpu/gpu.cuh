@@ -51,7 +51,14 @@ class Gpu {
   Counters counters;
   std::function<void(double)> on_load;  // called while weights are copied, with the share that is done
 
-  Gpu() : device_(open_device()), blas_(stream_), best_partials_(arg_max_blocks) {}
+  Gpu() : device_(open_device()), blas_(stream_), best_partials_(arg_max_blocks) {
+    if (device_.major != 9) return;
+    Buffer<int> yes(1);
+    launch(kernel::hopper_is_compiled, 1, 32, 0, yes.get());
+    int has_hopper = 0;
+    download(&has_hopper, yes.get(), 1);
+    use_hopper_ = has_hopper;
+  }
 
   const Device& device() const { return device_; }
   const Stream& stream() const { return stream_; }
@@ -294,7 +301,7 @@ class Gpu {
              kernel::decode_shared_bytes<E>, partials_.get(), q, cache.k, cache.v, cache.capacity, cache.device_begin,
              int(seen - cache.begin), int(n_heads), scale);
       launch(kernel::combine_slices, dim3(h, unsigned(n)), E, 0, o, partials_.get(), int(s), E, scale);
-    } else if (E >= 64 && device_.major == 9) {
+    } else if (E >= 64 && use_hopper_) {
       constexpr int e = E >= 64 ? E : 64;  // no kernel is made for 32
       const size_t slots = seen + n - 1;
       auto cache_map = [&](const bf16* p) { return tensor_map(p, slots, n_kv_heads, E, cache.capacity * E, E); };
@@ -319,6 +326,7 @@ class Gpu {
   Buffer<float> partials_;              // [max_decode_rows, heads, slices, head_dim + 2], of attention
   Buffer<kernel::Best> best_partials_;  // [arg_max_blocks]
   std::vector<float> host_;
+  bool use_hopper_ = false;
   bool counting_only_ = false;
 };
 

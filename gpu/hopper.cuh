@@ -251,6 +251,16 @@ __global__ void __launch_bounds__(hopper_threads, 1)
 #endif
 }
 
+// *yes = 1 if the kernel above has a body here. Not so where a program built for another GPU runs on Hopper from its
+// PTX.
+__global__ void hopper_is_compiled(int* yes) {
+#ifdef SPEED_HOPPER
+  *yes = 1;
+#else
+  *yes = 0;
+#endif
+}
+
 }  // namespace kernel
 
 }  // namespace speed
