@@ -19,8 +19,8 @@ struct Tile {
     return (row * pieces + (piece ^ (pieces < 8 ? row / 2 % pieces : row % 8))) * 8;
   }
   // Starts to copy rows, `stride` apart, by all threads of the block; rows from `valid` on are zeros and not read. A
-  // thread copies the same piece of every `rows_at_once`-th row. The permutation repeats every 8 rows, so both of its
-  // addresses only grow by a constant: computing each anew took a quarter of the instructions of an attention tile.
+  // thread copies the same piece of every rows_at_once-th row. The permutation repeats every 8 rows, so both of its
+  // addresses only grow by a constant, which saves a tenth of the instructions of an attention tile (668, not 743).
   template <int Rows, int Threads>
   static DEVICE void copy(bf16* tile, const bf16* from, size_t stride, int valid) {
     constexpr int rows_at_once = Threads / pieces;

@@ -123,7 +123,7 @@ struct alignas(8) Barrier {
 DEVICE void barrier_init(Barrier* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
-// By the thread that made them, before the sync_threads() after which others use them.
+// Called by the thread that initialized them, before the sync_threads() after which others use them.
 DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives, and makes the phase wait for so many bytes more.
 DEVICE void barrier_expect(Barrier* b, int bytes) {

@@ -73,8 +73,8 @@ void make(Fiber& f, void (*body)(context::transfer_t)) {
   __asan_unpoison_memory_region(f.stack, f.stack_bytes);  // of frames that were left in the middle
 #endif
   // Stacks begin at different lines of the processor's cache; they would push each other out of it.
-  static size_t made = 0;
-  const size_t apart = made++ % 64 * (17 * 64);
+  static size_t stacks = 0;
+  const size_t apart = stacks++ % 64 * (17 * 64);
   f.context = context::make_fcontext(static_cast<char*>(f.stack) + f.stack_bytes - apart, f.stack_bytes - apart, body);
 }
 
@@ -94,7 +94,7 @@ struct Lane {
   State state;
   Where where;                 // the line it waits at
   const char* what;            // that it waits for, while parked
-  void* brought;               // to its warp's operation
+  void* argument;              // for its warp's operation
   std::vector<Copy> copies;    // begun and not there yet
   std::vector<size_t> groups;  // ends, in `copies`, of the groups committed
 };
@@ -153,7 +153,7 @@ struct Warpgroup {
   int met = 0;
   const char* what = nullptr;
   Where where;
-  void* brought[128];
+  void* arguments[128];
   std::vector<Waiting> waiting;
   bool in_batch = false;
   std::vector<std::vector<Product>> batches;  // not waited for; the last is open while in_batch
@@ -276,7 +276,7 @@ Waiting end_phase_if_over(Mbarrier& b) {
   return one;
 }
 
-// Carries out one of the copies of tiles that are under way, any one.
+// Completes one of the tile copies that are under way, any one.
 bool land_a_tile() {
   if (block.tile_copies.empty()) return false;
   std::swap(block.tile_copies[block.random() % block.tile_copies.size()], block.tile_copies.back());
@@ -304,7 +304,7 @@ void yield() {
   if (!block.tile_copies.empty() && block.random() % 4 == 0) land_a_tile();
   if (!w->ready || w == block.held) {
     if (w->met && !w->ready && !any_parked(*w))
-      fault("not all lanes of a warp come to one operation: " + threads_waiting());
+      fault("not all lanes of a warp reach one operation: " + threads_waiting());
     w = next_warp();
   }
   while (!w && land_a_tile()) w = next_warp();
@@ -351,7 +351,7 @@ void thread_body(context::transfer_t t) {
 
 std::map<uintptr_t, size_t> allocations;  // address -> bytes
 size_t allocated_bytes = 0;
-uintptr_t last_address = 0;  // of the allocation that was asked for last
+uintptr_t last_address = 0;  // of the allocation that was looked up last
 size_t last_bytes = 0;
 constexpr size_t allocation_zone = 256;
 std::vector<emulator::Queue*> queues;
@@ -399,7 +399,7 @@ void forbid_recording(const char* what, Where where) {
 
 namespace emulator {
 
-void meet(const char* what, Where where, void* mine, void (*all)(void* const* of_lane)) {
+void warp_operation(const char* what, Where where, void* mine, void (*all)(void* const* of_lane)) {
   if (!block.lane) throw Error(1, what, "not in a kernel", "launch one");
   Warp& w = *block.warp;
   if (w.met == 0) {
@@ -409,11 +409,11 @@ void meet(const char* what, Where where, void* mine, void (*all)(void* const* of
     fault("lanes of a warp part: thread " + std::to_string(threadIdx.x) + " at " + what + ", " + place(where) + "; " +
           threads_waiting());
   }
-  block.lane->brought = mine;
+  block.lane->argument = mine;
   if (++w.met < 32) return wait(State::at_warp, where);
-  void* brought[32];
-  for (int i = 0; i < 32; ++i) brought[i] = w.lanes[i].brought;
-  all(brought);
+  void* arguments[32];
+  for (int i = 0; i < 32; ++i) arguments[i] = w.lanes[i].argument;
+  all(arguments);
   w.met = 0;
   wake(w);
   if (block.restless && block.random() % 8 == 0) {
@@ -567,8 +567,8 @@ void run_grid(const void* kernel, dim3 grid, dim3 size, size_t bytes, Where wher
 
 uint32_t shared_address(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - shared_window); }
 
-// An operation of four warps together: as meet(), with 128 threads.
-static Warpgroup& meet_group(const char* what, Where where, void* mine, void (*all)(Warpgroup&)) {
+// An operation of four warps together: as warp_operation(), with 128 threads.
+static Warpgroup& warpgroup_operation(const char* what, Where where, void* mine, void (*all)(Warpgroup&)) {
   if (!block.lane) throw Error(1, what, "not in a kernel", "launch one");
   Warpgroup& g = block.groups[threadIdx.x / 128];
   if (block.n % 4) fault(std::string(what) + " at " + place(where) + ": the block is not made of whole warpgroups");
@@ -576,7 +576,7 @@ static Warpgroup& meet_group(const char* what, Where where, void* mine, void (*a
   else if (g.what != what || g.where.line() != where.line() || g.where.column() != where.column())
     fault("threads of a warpgroup part: thread " + std::to_string(threadIdx.x) + " at " + what + ", " + place(where) +
           "; " + threads_waiting());
-  g.brought[threadIdx.x % 128] = mine;
+  g.arguments[threadIdx.x % 128] = mine;
   if (++g.met < 128) {
     park(what, g.waiting, where);
     return g;
@@ -597,7 +597,7 @@ static float swizzled(uint32_t address) {
   return widen(x);
 }
 
-static void carry_out(Product& p) {
+static void execute(Product& p) {
   Accumulators& r = *p.result;
   const int n = r.n;
   auto address = [](uint64_t d) { return uint32_t(d & 0x3FFF) << 4; };
@@ -635,7 +635,7 @@ static void carry_out(Product& p) {
 
 static void run_batches(Warpgroup& g, size_t but_latest) {
   while (g.batches.size() > but_latest) {
-    for (Product& p : g.batches.front()) carry_out(p);
+    for (Product& p : g.batches.front()) execute(p);
     g.batches.erase(g.batches.begin());
   }
 }
@@ -649,8 +649,8 @@ void add_product(float* d, int n, const uint32_t* a_registers, uint64_t a, uint6
     bool add;
     Where where;
   } mine{d, n, a_registers, a, b, add, where};
-  meet_group("warpgroup_product", where, &mine, [](Warpgroup& g) {
-    auto of = [&](int t) -> const Mine& { return *static_cast<const Mine*>(g.brought[t]); };
+  warpgroup_operation("warpgroup_product", where, &mine, [](Warpgroup& g) {
+    auto of = [&](int t) -> const Mine& { return *static_cast<const Mine*>(g.arguments[t]); };
     const Mine& m = of(0);
     const std::string here = "warpgroup_product at " + place(m.where) + ": ";
     if (!g.in_batch) fault(here + "not in a batch: { Products batch; ... }");
@@ -682,9 +682,9 @@ void add_product(float* d, int n, const uint32_t* a_registers, uint64_t a, uint6
 }
 
 void wait_for_products(int but_latest, Where where) {
-  meet_group("products_wait", where, &but_latest, [](Warpgroup& g) {
+  warpgroup_operation("products_wait", where, &but_latest, [](Warpgroup& g) {
     if (g.in_batch) fault("products_wait inside a batch");
-    run_batches(g, *static_cast<int*>(g.brought[0]));
+    run_batches(g, *static_cast<int*>(g.arguments[0]));
   });
 }
 
@@ -694,8 +694,8 @@ void set_registers(int count, bool up, Where where) {
     bool up;
     Where where;
   } mine{count, up, where};
-  meet_group(up ? "registers_up" : "registers_down", where, &mine, [](Warpgroup& g) {
-    const Mine& m = *static_cast<Mine*>(g.brought[0]);
+  warpgroup_operation(up ? "registers_up" : "registers_down", where, &mine, [](Warpgroup& g) {
+    const Mine& m = *static_cast<Mine*>(g.arguments[0]);
     const int now = g.registers ? g.registers : int(65536 / (block.n * 32) / 8 * 8);  // as many as launch bounds leave
     if (m.up ? m.count < now : m.count > now)
       fault("registers at " + place(m.where) + ": from " + std::to_string(now) + " to " + std::to_string(m.count) +
@@ -741,7 +741,7 @@ void sync_threads(Where where) {
   resume(*w, next_lane(*w));
 }
 
-static Mbarrier& made(const char* what, Barrier* b, Where where) {
+static Mbarrier& ready_barrier(const char* what, Barrier* b, Where where) {
   emulator::check(what, emulator::Memory::shared, b, sizeof *b, 8, where);
   auto it = block.mbarriers.find(b);
   if (it == block.mbarriers.end() || !it->second.ready)
@@ -772,16 +772,18 @@ static void arrive(Mbarrier& b, const char* what, Where where) {
 }
 
 void barrier_expect(Barrier* b, int bytes, Where where) {
-  Mbarrier& m = made("barrier_expect", b, where);
+  Mbarrier& m = ready_barrier("barrier_expect", b, where);
   m.bytes += bytes;
   arrive(m, "barrier_expect", where);
 }
 
-void barrier_arrive(Barrier* b, Where where) { arrive(made("barrier_arrive", b, where), "barrier_arrive", where); }
+void barrier_arrive(Barrier* b, Where where) {
+  arrive(ready_barrier("barrier_arrive", b, where), "barrier_arrive", where);
+}
 
 void barrier_wait(Barrier* b, int parity, Where where) {
   if (parity != 0 && parity != 1) fault("barrier_wait at " + place(where) + ": parity " + std::to_string(parity));
-  Mbarrier& m = made("barrier_wait", b, where);
+  Mbarrier& m = ready_barrier("barrier_wait", b, where);
   while (m.phases % 2 == parity) park("barrier_wait", m.waiting, where);
   m.seen = m.phases;
 }
@@ -801,7 +803,7 @@ TensorMap tensor_map(const bf16* base, size_t rows, size_t heads, size_t row_pit
 void copy_tile(void* to, const TensorMap& map, Barrier* b, int row, int head, Where where) {
   const size_t bytes = 128 * map.e * sizeof(bf16);
   emulator::check("copy_tile", emulator::Memory::shared, to, bytes, 1024, where);
-  Mbarrier& m = made("copy_tile", b, where);
+  Mbarrier& m = ready_barrier("copy_tile", b, where);
   const int64_t first = std::max(row, 0), last = std::min<int64_t>(int64_t(row) + 128, map.rows) - 1;
   if (first <= last && head >= 0 && size_t(head) < map.heads)
     for (int64_t r : {first, last})
@@ -814,7 +816,7 @@ void copy_tile(void* to, const TensorMap& map, Barrier* b, int row, int head, Wh
 }
 
 Products::Products(Where where) : where(where) {
-  emulator::meet_group("Products", where, nullptr, [](Warpgroup& g) {
+  emulator::warpgroup_operation("Products", where, nullptr, [](Warpgroup& g) {
     if (g.in_batch) fault("a batch of products inside another");
     g.in_batch = true;
     g.batches.emplace_back();
@@ -822,7 +824,7 @@ Products::Products(Where where) : where(where) {
 }
 Products::~Products() noexcept(false) {
   if (std::uncaught_exceptions()) return;
-  emulator::meet_group("end of Products", where, nullptr, [](Warpgroup& g) {
+  emulator::warpgroup_operation("end of Products", where, nullptr, [](Warpgroup& g) {
     g.in_batch = false;
     if (!options.adversarial) emulator::run_batches(g, 0), g.batches.emplace_back();
   });
@@ -862,7 +864,7 @@ static void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, co
     const uint16_t* row;
     bool transposed;
   } mine{r, static_cast<const uint16_t*>(row), transposed};
-  emulator::meet(what, where, &mine, [](void* const* of_lane) {
+  emulator::warp_operation(what, where, &mine, [](void* const* of_lane) {
     auto lane = [&](int i) -> Mine& { return *static_cast<Mine*>(of_lane[i]); };
     for (int i = 0; i < 4; ++i)
       for (int l = 0; l < 32; ++l) {
@@ -887,7 +889,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     const uint32_t (&a)[4];
     const uint32_t (&b)[2];
   } mine{d, a, b};
-  emulator::meet("mma_m16n8k16", where, &mine, [](void* const* of_lane) {
+  emulator::warp_operation("mma_m16n8k16", where, &mine, [](void* const* of_lane) {
     alignas(64) float A[16][16], B[16][8], D[16][8];  // rows and columns as the PTX ISA numbers them
     for (int l = 0; l < 32; ++l) {
       const Mine& m = *static_cast<Mine*>(of_lane[l]);

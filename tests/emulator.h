@@ -14,7 +14,7 @@
 //   - shared memory holds NaN when a block starts, and so does device memory that was just allocated;
 //   - blocks run in random order, lanes in either direction, and after every barrier one warp may be held back until
 //     the others can go no further;
-//   - work given to a stream runs only when somebody waits for it, and copies to the host leave NaN there until then.
+//   - work queued on a stream runs only when somebody waits for it, and copies to the host leave NaN there until then.
 #pragma once
 
 #include <algorithm>
@@ -96,8 +96,9 @@ struct Options {
 };
 inline Options options;
 
-// A warp's operation that needs all lanes: `all` gets what each lane brought, and answers in it.
-void meet(const char* what, Where where, void* mine, void (*all)(void* const* of_lane));
+// An operation that all lanes of a warp execute together: `all` gets every lane's argument and writes the results
+// there.
+void warp_operation(const char* what, Where where, void* mine, void (*all)(void* const* of_lane));
 enum class Memory { shared, global, either };
 void check(const char* what, Memory memory, const void* p, size_t bytes, size_t alignment, Where where);
 void wait_for_groups(int but_latest);
@@ -136,7 +137,7 @@ T* shared_memory() {
 void sync_threads(Where where = Where::current());
 
 inline void sync_warp(Where where = Where::current()) {
-  emulator::meet("sync_warp", where, nullptr, [](void* const*) {});
+  emulator::warp_operation("sync_warp", where, nullptr, [](void* const*) {});
 }
 
 template <class T>
@@ -146,7 +147,7 @@ T shuffle(T v, int lane, Where where = Where::current()) {
     T v, result;
     int lane;
   } mine{v, v, lane & 31};
-  emulator::meet("shuffle", where, &mine, [](void* const* of_lane) {
+  emulator::warp_operation("shuffle", where, &mine, [](void* const* of_lane) {
     for (int i = 0; i < 32; ++i) {
       Mine& m = *static_cast<Mine*>(of_lane[i]);
       m.result = static_cast<Mine*>(of_lane[m.lane])->v;

@@ -305,7 +305,7 @@ __global__ void two_batches(float* y) {
   y[2 * threads + threadIdx.x] = second[63];
 }
 
-// Two warpgroups write by turns to one word; the order is told by what each finds there.
+// Two warpgroups increment one word by turns; what each finds there shows the order.
 template <bool turns>
 __global__ void by_turns(int* y) {
   int* word = aligned_shared<int>();
@@ -327,7 +327,7 @@ __global__ void waits_for_nobody(float*) {
   sync_threads();
   barrier_wait(&shared.full, 0);
 }
-__global__ void waits_for_unmade(float*) { barrier_wait(&aligned_shared<Tiles<64>>()->full, 0); }
+__global__ void waits_without_init(float*) { barrier_wait(&aligned_shared<Tiles<64>>()->full, 0); }
 __global__ void no_fence(float*) {
   auto& shared = *aligned_shared<Tiles<64>>();
   if (threadIdx.x == 0) barrier_init(&shared.full, threads);
@@ -544,8 +544,8 @@ TEST_CASE("what no GPU promises is an error that names it", "[emulator]") {
                                             Contains("no thread can go on: 64 threads at sync_threads") &&
                                             Contains("64 threads returned (the first is thread 64)"));
   CHECK_THAT(error_of(two_barriers), Contains("at the sync_threads of test_emulator.cpp:"));
-  CHECK_THAT(error_of(half_a_warp), Contains("not all lanes of a warp come to one operation"));
-  CHECK_THAT(error_of(half_at_a_barrier), Contains("not all lanes of a warp come to one operation"));
+  CHECK_THAT(error_of(half_a_warp), Contains("not all lanes of a warp reach one operation"));
+  CHECK_THAT(error_of(half_at_a_barrier), Contains("not all lanes of a warp reach one operation"));
   CHECK_THAT(error_of(two_shuffles), Contains("lanes of a warp part"));
   CHECK_THAT(error_of(half_a_product), Contains("not all lanes") && Contains("31 threads at mma_m16n8k16"));
   CHECK_THAT(error_of(copies_past_shared), Contains("not within the 4096 bytes of shared memory"));
@@ -700,7 +700,7 @@ TEST_CASE("what no Hopper GPU promises is an error that names it", "[emulator][h
   Hopper hopper;
   auto error = [](auto kernel, dim3 block = threads) { return error_of(kernel, block, hopper_bytes, 262144); };
   CHECK_THAT(error(waits_for_nobody), Contains("no thread can go on: 128 threads at barrier_wait"));
-  CHECK_THAT(error(waits_for_unmade), Contains("barrier_wait at") && Contains("not ready"));
+  CHECK_THAT(error(waits_without_init), Contains("barrier_wait at") && Contains("not ready"));
   CHECK_THAT(error(no_fence), Contains("barrier_arrive at") && Contains("not ready"));
   CHECK_THAT(error(too_many_arrive), Contains("more arrivals than the 2 of the phase"));
   CHECK_THAT(error(tile_unaligned), Contains("copy_tile at") && Contains("not aligned to 1024"));
