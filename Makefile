@@ -2,6 +2,7 @@
 # make cuda         builds ./speed-cuda for NVIDIA GPUs, on any machine with a CUDA toolkit
 # make test         builds and runs the tests; needs no Python and no network
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
+# make test-package   the tests of the Python package in hf/, all of them (an environment of 7 GB, once)
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
 # make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
@@ -10,7 +11,7 @@
 # make fuzz         hostile model files, texts and templates, made up by libFuzzer (ten minutes)
 # make sanitize     the tests again under AddressSanitizer and UBSan
 # make sanitize-threads   the operations and a whole model under ThreadSanitizer
-# make format       formats C++ and Python; make check-format only says what it would change
+# make format       formats C++ and Python (clang-format 14, ruff); make check-format only says what it would change
 # make clean        removes what was built
 # make help         prints this
 
@@ -121,6 +122,9 @@ sanitize-threads:
 test-hf: speed
 	tests/hf/run.sh "$(CACHE)"
 
+test-package: speed
+	hf/run.sh pytest -q hf/tests
+
 # Needs clang and its run-time library (Debian: clang libclang-rt-dev libomp-dev). ./run.sh fuzz installs them first.
 FUZZ_SECONDS ?= 600
 fuzz:
@@ -200,14 +204,16 @@ gpu-bench: speed
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
+CLANG_FORMAT ?= clang-format
+RUFF ?= ruff
 CXX_FILES = git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' ':!text/unicode.h'
 format:
-	$(CXX_FILES) | xargs clang-format -i
-	ruff check --fix -q && ruff format -q
+	$(CXX_FILES) | xargs $(CLANG_FORMAT) -i
+	$(RUFF) check --fix -q && $(RUFF) format -q
 
 check-format:
-	$(CXX_FILES) | xargs clang-format --dry-run -Werror
-	ruff check && ruff format --check
+	$(CXX_FILES) | xargs $(CLANG_FORMAT) --dry-run -Werror
+	$(RUFF) check && $(RUFF) format --check
 
 clean:
 	rm -rf speed speed-cuda build build-gpu build-sanitize build-threads
@@ -215,4 +221,5 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf sanitize sanitize-threads bench fuzz format check-format help clean FORCE
+.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package sanitize sanitize-threads bench fuzz \
+  format check-format help clean FORCE

@@ -9,11 +9,10 @@
 //
 // A model is one .safetensors file written by export_weights.py. It is mapped, not read: a weight is fetched from disk
 // when it is first used. A file is data from a stranger, so every size, offset, dtype, shape, id and number in it is
-// checked here, once, before anything computes; a message says what was expected and what was found.
+// checked when it is loaded, before anything computes; a message says what was expected and what was found.
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <set>
@@ -67,42 +66,42 @@ struct PolicyInfo {
   bool takes_bos;       // --bos, --no-bos: do upper layers see the BoS anchor?
   bool takes_group;     // --group: layers per cache above K
   bool takes_kept;      // --keep, --every: the layers that keep a cache
-  bool needs_training;  // without weights adapted to it, answers get worse
+  bool needs_training;  // the program warns if the weights were not trained for it
   const char* does;     // for help
 };
 
 // clang-format off
-inline constexpr PolicyInfo policies[] = {
+inline constexpr PolicyInfo policy_table[] = {
     // method, name, takes:      k      bos    group  kept   needs training
     {Method::full, "full",       false, false, false, false, false, "every prompt token visits all layers"},
-    {Method::speed, "speed",     true,  true,  false, false, true,  "upper layers see the BoS anchor and the answer only"},
+    {Method::speed, "speed",     true,  true,  false, false, true,  "upper layers see only the BoS anchor and the answer"},
     {Method::pop, "pop",         true,  false, false, false, false, "upper keys and values are made from layer K's input"},
     {Method::swiftkv, "swiftkv", true,  false, true,  false, false, "the same, with projections trained for it"},
-    {Method::share, "share",     false, false, false, true,  true,  "a layer that keeps no cache reads the one below"},
+    {Method::share, "share",     false, false, false, true,  true,  "a layer without a cache reads the one kept below it"},
 };
 // clang-format on
 
-constexpr const PolicyInfo& info(Method m) { return policies[size_t(m)]; }
+constexpr const PolicyInfo& info(Method m) { return policy_table[size_t(m)]; }
 constexpr const char* name(Method m) { return info(m).name; }
 
 static_assert(
     [] {
       size_t i = 0;
-      for (const PolicyInfo& p : policies)
+      for (const PolicyInfo& p : policy_table)
         if (p.method != Method(i++)) return false;
       return i == size_t(Method::share) + 1;
     }(),
     "the table has one row for each Method, in their order");
 
 inline std::optional<Method> find_policy(const std::string& name) {
-  for (const PolicyInfo& p : policies)
+  for (const PolicyInfo& p : policy_table)
     if (name == p.name) return p.method;
   return std::nullopt;
 }
 
 // ---- configuration ------------------------------------------------------------------------------------------------
 
-struct RopeScaling {  // Llama-3's: long wavelengths are slowed by `factor`, short ones kept, those between interpolated
+struct RopeScaling {  // Llama-3's: frequencies of long wavelengths are divided by `factor`, see rope_frequencies()
   float factor, low_freq_factor, high_freq_factor;
   int original_context;
 };
@@ -156,7 +155,7 @@ struct Weights {
   const float* rope_divisors = nullptr;  // [head_dim / 2], divide the inverse frequencies; null: all one
 };
 
-// Calls visit(tensor, values) for every tensor that a model of this configuration may have, except the head of a tied
+// Calls visit(tensor, values) for every bf16 tensor that a model of this configuration may have, except the head of a tied
 // model, which is the embedding. A tensor that is not in the file is null.
 template <class Visit>
 void each_weight(const Config& c, Weights& w, Visit visit) {
@@ -184,7 +183,7 @@ struct LayerCache {
   size_t capacity = 0;                     // slots
   size_t used = 0;                         // slots
   size_t begin = 0;                        // slots used before the present chunk
-  const uint32_t* device_begin = nullptr;  // the same, where a GPU's kernels read it
+  const uint32_t* device_begin = nullptr;  // `begin` in device memory, for recorded decode steps
 };
 
 // ---- reading a file -----------------------------------------------------------------------------------------------
@@ -207,8 +206,8 @@ class Model {
     if (!config.tokenizer_only) read_weights();
   }
 
-  // A model of this shape without file and tokenizer, for timing. Its weights are random, made here, later by
-  // make_weights(), or by a device for itself.
+  // A model of this shape without file and tokenizer, for timing. Its weights are random: made here, or else later by
+  // make_weights(), or by a GPU in its own memory.
   explicit Model(const Shape& shape, bool with_weights = true) : path_(shape.name) {
     config.shape = shape;
     config.rms_norm_eps = 1e-5f;
@@ -220,7 +219,7 @@ class Model {
     if (with_weights) make_weights();
   }
 
-  // Every weight is its own memory, as in a file.
+  // No two weights share memory, as in a file.
   void make_weights() {
     const uint64_t bytes = parameters * sizeof(bf16);
     if (bytes > available_memory())
@@ -230,7 +229,7 @@ class Model {
                   "choose a smaller --shape");
     random_ = std::make_unique_for_overwrite<bf16[]>(parameters);
     uint64_t state = 1;
-    for (uint64_t i = 0; i < parameters; ++i) {  // about uniform in +-0.03, by a linear congruential generator
+    for (uint64_t i = 0; i < parameters; ++i) {  // magnitude 0.008 to 0.031, by a linear congruential generator
       state = state * 6364136223846793005u + 1442695040888963407u;
       random_[i].bits = uint16_t((state >> 63) << 15 | (0x3C00 + (state >> 40 & 0xFF)));
     }
@@ -240,7 +239,7 @@ class Model {
   }
 
   bool has_file() const { return file_ != nullptr; }
-  // One of a kind: two models at the same address, one after the other, can be told apart.
+  // Unique in this process, unlike an address, which a later model may reuse.
   uint64_t id() const { return id_; }
   const std::string& path() const { return path_; }
   uint64_t file_bytes() const { return file_ ? file_->size() : 0; }

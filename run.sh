@@ -4,9 +4,11 @@
 #   ./run.sh              fetch a real model (SmolLM2-135M-Instruct, 93 MB, once) and show what SPEED saves on one question
 #   ./run.sh FLAGS...     run ./speed FLAGS... with that model, for example  ./run.sh --chat -p "Who wrote Hamlet?" --k 24
 #   ./run.sh --offline    the same demonstration with the small model that comes with the project; no network but for packages
+#   ./run.sh hf           SmolLM2 through transformers and through ./speed, side by side (an environment of 7 GB, once)
 #   ./run.sh test         build and pass all tests
 #   ./run.sh fuzz         ten minutes of hostile files, texts and templates, made up by libFuzzer
 #   ./run.sh sanitize-threads   the threads under ThreadSanitizer
+#   ./run.sh check-format       whether clang-format and ruff would change anything
 #
 # Downloads and the exported model are kept in $SPEED_CACHE (default: ~/.cache/speed), outside this folder.
 set -euo pipefail
@@ -82,8 +84,24 @@ if [ "${1:-}" = fuzz ] || [ "${1:-}" = sanitize-threads ]; then
   exec make --no-print-directory "$1"
 fi
 
+if [ "${1:-}" = check-format ]; then
+  install "for make check-format" make git clang-format-14 python3 python3-pip python3-venv
+  ruff=$cache/ruff-$(sha256sum tests/ruff.txt | cut -c1-16)
+  [ -x "$ruff/bin/ruff" ] || {
+    python3 -m venv "$ruff"
+    "$ruff/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r tests/ruff.txt
+  }
+  exec make --no-print-directory check-format CLANG_FORMAT=clang-format-14 RUFF="$ruff/bin/ruff"
+fi
+
 build_tools
 make --no-print-directory -s -j"$(nproc)" speed || fail "the build failed: see the compiler's message above"
+
+if [ "${1:-}" = hf ]; then
+  install "for the Python package" python3-venv
+  real_model || fail "SmolLM2 could not be fetched"
+  exec hf/run.sh python hf/compare.py "${@:2}"
+fi
 
 if [ "${1:-}" = --offline ]; then
   [ $# = 1 ] || fail "--offline takes no other flag: run ./speed -m $small ... instead"

@@ -1,9 +1,9 @@
 // speed.cu - a language model that does less work on its prompt. This file is the method, from first line to last.
 //
-// To answer, a decoder-only model needs of its prompt only keys and values: no word is read off a prompt token's output.
-// So which layers must a prompt token visit, and whose keys and values must later tokens see? SPEED (arXiv 2605.06105):
-// prompt tokens visit layers 0..K-1 only. From layer K up, the tokens of the answer see each other and one constant, the
-// BoS anchor. With L = 5 layers and K = 3:
+// Only the last token of a request predicts a word of the answer. Of the tokens before it, the model needs only keys and
+// values. So which layers must a prompt token visit, and whose keys and values must later tokens see? SPEED (arXiv
+// 2605.06105): prompt tokens visit layers 0..K-1 only, the lower layers. In the upper layers, K..L-1, decode-phase tokens
+// see each other and one constant, the BoS anchor. With L = 5 layers and K = 3:
 //
 //   layer 4     A  .  .  .  .  .     T  T  G  G      P  a prompt token runs the whole layer
 //   layer 3     A  .  .  .  .  .     T  T  G  G      k  it only makes its keys and values: nothing above reads its output
@@ -12,12 +12,14 @@
 //   layer 1     P  P  P  P  P  P     T  T  G  G      T  the tail: tokens known before generation that run all layers,
 //   layer 0     P  P  P  P  P  P     T  T  G  G         such as a chat's "the assistant says:"
 //              BoS                                   G  generated tokens
-//               prompt [0, split)    decode-phase tokens [split, N) and on
+//               prompt [0, split)    tail [split, N)
+//               `---- the request, N tokens ----'      T and G are decode-phase tokens
 //
-// This saves prompt work (dots and k's), KV cache (only the columns A, T, G exist above K) and the time to read it.
+// This saves prompt work (dots and k's), KV cache (upper layers have columns A, T, G only) and the time to read it.
 //
-// There is no attention mask in this file. What a layer's KV cache holds is the mask: a token attends to all slots that
-// are filled, its own the last. A prompt token without a slot above K cannot be seen there.
+// There is no attention mask in this file. What a layer's KV cache holds is the mask: a token attends to all slots up to
+// and including its own. A prompt token without a slot in an upper layer cannot be seen there. (A slot is an index in
+// one layer's cache, a position the token's index in the conversation: see LayerCache in model.h.)
 //
 // Full depth, POP, SwiftKV and R-CLA are other answers to the same question, so they are settings of the same switch, a
 // `Policy`. The parts: policies; what they cost; the engine (state, one layer, prefill, decode, the anchor; then memory
@@ -38,7 +40,8 @@
 namespace speed {
 
 // ---- policies -----------------------------------------------------------------------------------------------------
-// Which layers a prompt token visits, and whose keys and values later tokens see: pure functions of the layer.
+// Which layers a prompt token visits (it visits a layer that makes at least its keys and values), and whose keys and
+// values later tokens see: functions without state.
 //
 //   full     the published model: every token visits every layer
 //   speed    SPEED, arXiv 2605.06105: upper layers cache the anchor and decode-phase tokens only
@@ -48,19 +51,20 @@ namespace speed {
 //            norm and projections trained for it; a group of layers may share a cache
 //   share    R-CLA, arXiv 2604.22782: a layer that keeps no cache reads that of the nearest kept layer below
 //
-// A switch here names every method, so that the compiler reports the places a new one has forgotten.
+// To add a policy, see CONTRIBUTING.md. A switch here names every method: the compiler reports one that was forgotten.
 
 struct Policy {
   Method method = Method::full;
   int n_layers = 1;        // L
-  int k = 1;               // K, 1 <= K <= L; L under full and share
-  bool bos = true;         // speed: do upper layers see the BoS anchor?
+  int k = 1;               // K, 1 <= K <= L; L under full and share; its default is in cli/policies.cpp
+  bool bos = true;         // speed: upper layers see the BoS anchor
   int group = 1;           // swiftkv: layers per cache above K
   std::vector<bool> kept;  // share: [L], which layers keep a cache; kept[0] is true
 
-  // Layers that a prompt token runs whole. In the next one it makes its last keys and values and stops, because its
-  // output is not used. So SPEED runs K-1 layers whole, and layer K-1 still gets keys and values. POP and SwiftKV need
-  // the residual that enters K, which takes K whole layers.
+  // Prompt truncation: the layers that a prompt token runs whole. Under full, speed and share it then makes keys and
+  // values in one more layer, and stops: no layer above needs its output. So SPEED runs K-1 layers whole, and layer K-1
+  // still makes keys and values. Under pop and swiftkv all upper keys and values come from the residual that enters K,
+  // so K layers run whole.
   int full_prompt_layers() const {
     switch (method) {
       case Method::full: return n_layers - 1;
@@ -76,7 +80,8 @@ struct Policy {
     __builtin_unreachable();
   }
 
-  // The layer whose KV cache layer l reads: its own, the leader's of its group, or the nearest kept one below.
+  // The layer whose KV cache layer l reads (R-CLA's mu(l)): itself, the first layer of its group, or the nearest kept
+  // layer below.
   int cache_of(int l) const {
     switch (method) {
       case Method::full:
@@ -92,7 +97,7 @@ struct Policy {
   }
   bool has_cache(int l) const { return cache_of(l) == l; }
 
-  // Do prompt tokens have slots in the KV cache that layer l reads? Where not, it holds the anchor and decode-phase
+  // True if prompt tokens have slots in the KV cache that layer l reads. If false, it holds the anchor and decode-phase
   // tokens only.
   bool caches_prompt(int l) const {
     switch (method) {
@@ -105,14 +110,15 @@ struct Policy {
     __builtin_unreachable();
   }
 
-  // Must the anchor be put into this cache, because prompt tokens, BoS among them, have no slot there?
+  // True if the cache that layer l reads leaves out prompt tokens, and so BoS, and gets the anchor instead.
   bool needs_anchor_slot(int l) const { return bos && !caches_prompt(l); }
 
-  // Are layer l's keys and values made by SwiftKV's projections, for prompt and decode-phase tokens alike?
+  // True if SwiftKV's projections make layer l's keys and values, for prompt and decode-phase tokens alike.
   bool uses_swiftkv(int l) const { return method == Method::swiftkv && l >= k; }
 
-  // Where the prompt of n tokens ends. POP's boundary step: its split is always n-1, so the last prompt token alone is
-  // the first full-depth step. The others take the request's split: in a chat the assistant header is decode-phase too.
+  // The number of prompt tokens in a request of n tokens, unless --split says otherwise. POP's boundary step: all but
+  // the last token are prompt, and that one is the first full-depth step. The others take the request's own split: in a
+  // chat the assistant header is decode-phase.
   size_t split(size_t request_split, size_t n) const {
     switch (method) {
       case Method::pop: return n - 1;
@@ -150,7 +156,7 @@ struct Cost {
   const Shape& s;
   const Policy& p;
 
-  // Of one row: projections, MLP, output head, attention over so many slots.
+  // FLOPs of one row.
   uint64_t q_flops() const { return 2 * s.hidden * s.q_width(); }
   uint64_t kv_flops() const { return 2 * s.hidden * 2 * s.kv_width(); }
   uint64_t o_flops() const { return 2 * s.q_width() * s.hidden; }
@@ -173,7 +179,8 @@ struct Cost {
            attention_flops(p.slots(l, n_prompt, n_decode) + 1);
   }
 
-  // A request of n tokens, the last `tail` of them decode-phase: in layer l, and in all with the logits of the last.
+  // FLOPs of the prefill of n tokens, of which the last `tail` are decode-phase: in one layer; in all layers, with the
+  // output head for the last token.
   uint64_t prefill_layer_flops(int l, uint64_t n, uint64_t tail) const {
     uint64_t flops = prompt_flops(l, n - tail);
     for (uint64_t i = 0; i < tail; ++i) flops += decode_row_flops(l, n - tail, i);
@@ -185,14 +192,15 @@ struct Cost {
     return flops;
   }
 
-  // The decode step right after that request.
+  // FLOPs of the decode step right after that request.
   uint64_t decode_flops(uint64_t n, uint64_t tail) const {
     uint64_t flops = head_flops();
     for (int l = 0; l < s.n_layers; ++l) flops += decode_row_flops(l, n - tail, tail);
     return flops;
   }
 
-  // KV cache, in bytes, after n_prompt prompt and n_decode decode-phase tokens. The engine allocates just this.
+  // KV cache, in bytes, after n_prompt prompt and n_decode decode-phase tokens. For a run that ends there the engine
+  // allocates just this.
   uint64_t slot_bytes(uint64_t bytes_per_value) const { return 2 * s.kv_width() * bytes_per_value; }
   uint64_t kv_bytes(uint64_t n_prompt, uint64_t n_decode, uint64_t bytes_per_value) const {
     uint64_t slots = 0;
@@ -223,13 +231,13 @@ struct Cost {
 
 // ---- the engine ---------------------------------------------------------------------------------------------------
 // One forward pass for all policies and both backends: B is Cpu or Gpu. Tokens are processed in chunks of rows, prompt
-// rows before decode-phase rows.
+// rows before decode-phase rows. The class begins with its state; its constructor is under "allocation".
 
 // What happened in one layer since the engine was made.
 struct LayerStats {
   uint64_t prompt_rows = 0;  // prompt rows that ran the whole layer
   uint64_t kv_rows = 0;      // rows whose keys and values it made
-  uint64_t tail_rows = 0;    // decode-phase rows
+  uint64_t decode_rows = 0;  // decode-phase rows: they always run the whole layer
   Counters counted;
   double seconds = 0;
 };
@@ -257,18 +265,18 @@ class Engine {
   // ---- state ----
 
   const Model& model_;
-  const Config& c_;
+  const Config& c_;  // the model's
   const Shape& s_;
   const Policy policy_;
   Limits limits_;
-  B& b_;
+  B& b_;                        // the backend
   const Weights* w_ = nullptr;  // in the backend's memory
 
   Buffer<Residual> x_;                          // [rows, d]            the residual stream
   Buffer<Activation> a_;                        // [rows, d]            hidden states after a norm
   Buffer<Activation> q_, o_;                    // [rows, q]            queries; attention's output
   Buffer<Activation> k_, v_;                    // [rows, kv]           keys and values of this chunk
-  Buffer<Activation> gate_, up_;                // [rows, f]            the MLP's hidden layer
+  Buffer<Activation> gate_, up_;                // [rows, f]            the MLP's hidden layer; scratch memory
   Buffer<float> cos_, sin_;                     // [rows, head_dim / 2] RoPE's angles, by position
   Buffer<float> frequencies_;                   // [head_dim / 2]
   Buffer<float> logits_;                        // [head_rows, V]
@@ -280,37 +288,37 @@ class Engine {
   std::vector<int> host_step_inputs_;  //                      the same in the host's memory
 
   size_t position_ = 0;            // of the next token: tokens processed so far
-  size_t rows_ = 0;                // of the last chunk
   std::vector<LayerStats> stats_;  // [L]
   LayerStats head_stats_;
-  typename B::Step steps_[2];  // a decode step as the backend replays it: with sampled and with greedy choice
+  typename B::Step steps_[2];  // recorded decode steps: [0] ends with the logits, [1] with the likeliest token
   uint64_t kv_bytes_ = 0;      // allocated for KV caches
 
   static constexpr size_t max_extra_rows = 16;  // the last chunk may be longer by this
   static constexpr size_t head_rows = 32;       // rows that the output head computes together
 
   // ---- one layer ----
-  // n rows of a chunk, the first n_prompt of them prompt tokens. Prompt rows drop out before decode-phase rows do, so
-  // the rows still in use are always the last ones, and each of the two sets is one start index.
+  // n rows of a chunk, the first n_prompt of them prompt tokens. These may stop early, decode-phase rows never do. So
+  // the rows that a layer still processes are always the last ones, and each of the two sets is one start index.
 
   void layer(int l, size_t n, size_t n_prompt) {
     const LayerWeights& w = w_->layers[l];
     const size_t d = s_.hidden, q = s_.q_width(), f = s_.mlp, e = s_.head_dim;
     const bool swiftkv = policy_.uses_swiftkv(l);
 
-    // Rows [kv_from, n) get keys and values in this layer's cache. Above K under SPEED these are decode-phase rows
-    // only. No row does where the layer reads another's cache, or where project_swiftkv() has made them.
-    const size_t kv_from = !policy_.has_cache(l) || swiftkv ? n : policy_.caches_prompt(l) ? 0 : n_prompt;
+    // Rows [kv_from, n) get keys and values in this layer's cache: in an upper layer of SPEED decode-phase rows only; no
+    // row if the layer reads another's cache, or if project_swiftkv() has filled it.
+    size_t kv_from = policy_.caches_prompt(l) ? 0 : n_prompt;
+    if (!policy_.has_cache(l) || swiftkv) kv_from = n;
 
-    // Rows [full_from, n) run the whole layer. A prompt row needs this only as long as a layer above makes keys and
-    // values from its output. In layer K-1 none does any more, but this layer's own keys and values still are needed:
-    // the decode-phase tokens read them here.
+    // Prompt truncation. Rows [full_from, n) run the whole layer. A prompt row needs this only while a layer above makes
+    // keys and values from its output. Above layer K-1 none does, but layer K-1 still makes its own keys and values:
+    // decode-phase tokens read them here.
     const size_t full_from = l < policy_.full_prompt_layers() ? 0 : n_prompt;
 
     const size_t from = std::min(kv_from, full_from), m = n - full_from;
     stats_[l].prompt_rows += full_from == 0 ? n_prompt : 0;
-    stats_[l].tail_rows += n - n_prompt;
-    if (from == n) return;  // prompt truncation: a chunk of prompt rows has nothing to do here
+    stats_[l].decode_rows += n - n_prompt;
+    if (from == n) return;  // nothing to do here for a chunk of prompt rows
 
     // Keys and values from the normed residual. (POP above K: the residual of a prompt row no longer changes, so this
     // is the residual that entered layer K, under this layer's own norm and weights.)
@@ -326,15 +334,15 @@ class Engine {
     b_.attention(o_.get(), q_.get(), cache, m, cache.used - m + 1, s_.n_heads, s_.n_kv_heads, e);
     b_.matmul(x, o_.get(), w.wo, m, q, d, true);
 
-    // MLP: x += (silu(a Wgate) * (a Wup)) Wdown.
+    // MLP: gate = silu(a Wgate) * (a Wup), then x += gate Wdown.
     b_.rmsnorm(a_.get(), x, w.mlp_norm, m, d, c_.rms_norm_eps);
     b_.mlp_gate_up(gate_.get(), up_.get(), a_.get(), w.gate, w.up, m, d, f);
     b_.matmul(x, gate_.get(), w.down, m, f, d, true);
   }
 
-  // Keys and values of rows [from, n), made from their normed states a and appended to layer l's cache. The product has
-  // the same shape whether or not these rows also get queries: a library picks its kernel by shape, and caches below K
-  // must equal full depth's bit for bit.
+  // Keys and values of rows [from, n), made from their normed states a and appended to layer l's cache. They are a
+  // product of their own, even where queries are made too. A library picks its kernel by shape, so only then are caches
+  // below K bit-equal to full depth's.
   void project_kv(int l, const Activation* a, size_t from, size_t n, const bf16* wk, const bf16* wv) {
     const size_t angles = from * s_.head_dim / 2;
     b_.project_kv(caches_[l], k_.get(), v_.get(), a, wk, wv, cos_.get() + angles, sin_.get() + angles, n - from,
@@ -365,13 +373,12 @@ class Engine {
       if (on_layer) on_layer(l, position_, n, x_.get());
     }
     position_ += n;
-    rows_ = n;
   }
 
   // Final norm and output head: logits of m <= head_rows rows of the chunk, from `row` on.
   void head(size_t row, size_t m) {
     const size_t d = s_.hidden;
-    head_stats_.tail_rows += m;
+    head_stats_.decode_rows += m;
     count_into(head_stats_, [&] {
       b_.rmsnorm(a_.get(), x_.get() + row * d, w_->final_norm, m, d, c_.rms_norm_eps);
       b_.matmul(logits_.get(), a_.get(), w_->head, m, d, s_.vocab);
@@ -448,9 +455,9 @@ class Engine {
   }
 
   // ---- the anchor ----
-  // BoS is at position 0 and attends only to itself, so its keys and values in every layer depend on its id alone. They
-  // are computed once per engine, by a full-depth run of that one token, and copied into slot 0 of every cache that
-  // prompt tokens have no slot in. Without the anchor, SmolLM2's answers fall apart soon below full depth.
+  // BoS is at position 0 and attends only to itself, so its keys and values in every layer depend on its id alone: they
+  // are constants of the model. An engine computes them once, by a full-depth run of that one token, and copies them
+  // into slot 0 of every cache that leaves out prompt tokens. Without the anchor, SmolLM2's answers fall apart soon below full depth.
 
   bool uses_anchor() const {
     for (int l = 0; l < s_.n_layers; ++l)
@@ -465,7 +472,7 @@ class Engine {
     alone.forward(1, 0);
     anchor_ = std::move(alone.caches_);
     anchor_memory_ = std::move(alone.cache_memory_);
-    b_.counters = {};
+    b_.counters = {};  // this work is not the request's
   }
 
   void store_anchor() {
@@ -505,11 +512,10 @@ class Engine {
     return slots * 2 * s_.kv_width() * sizeof(CacheValue);
   }
   uint64_t kv_bytes_allocated() const { return kv_bytes_; }
-  const Policy& policy() const { return policy_; }
   const Shape& shape() const { return s_; }
 
  private:
-  // Runs `work` and adds what the backend counted to `stats`.
+  // Runs `work` and adds the FLOPs and bytes that the backend counted to `stats`.
   template <class Work>
   void count_into(LayerStats& stats, Work work) {
     const Counters before = b_.counters;
@@ -523,7 +529,7 @@ class Engine {
 
   // ---- allocation ----
  public:
-  // `announce` is called once it is known that the run fits into memory, before any is allocated.
+  // `announce` is called as soon as it is known that the run fits into memory, before any is allocated.
   Engine(const Model& model, const Policy& policy, Limits limits, B& backend,
          const std::function<void(const Engine&)>& announce = nullptr)
       : model_(model), c_(model.config), s_(c_.shape), policy_(policy), limits_(limits), b_(backend) {
@@ -559,8 +565,8 @@ class Engine {
   }
 
  private:
-  // Slots that a run can fill. Where prompt tokens have none, that is the anchor and decode-phase tokens: this is the
-  // memory SPEED saves.
+  // Slots that a run can fill. Where prompt tokens have none, that is the anchor (1: there is a prompt) and decode-phase
+  // tokens: this is the memory SPEED saves.
   size_t capacity(int l) const {
     return policy_.caches_prompt(l) ? limits_.context
                                     : size_t(policy_.slots(l, 1, std::min(limits_.decode, limits_.context)));
@@ -640,9 +646,9 @@ struct Sampling {
   uint64_t seed = 0;
 };
 
-// Draws a token: the most likely top_k; of these the fewest whose probabilities reach top_p (Holtzman et al., arXiv
-// 1904.09751); of these the ones at least min_p times as likely as the likeliest; from what is left by softmax(logits /
-// temperature). The same seed draws the same tokens on every machine.
+// Draws a token. It keeps the top_k likeliest; of these the fewest with a total probability of top_p (Holtzman et al.,
+// arXiv 1904.09751); of these the ones at least min_p times as likely as the likeliest; then it draws by softmax(logits /
+// temperature). The same seed and logits give the same tokens on every machine.
 class Sampler {
  public:
   explicit Sampler(const Sampling& s) : s_(s), random_(s.seed) {}
@@ -685,10 +691,10 @@ class Sampler {
 
 struct Answer {
   std::vector<int> ids;     // generated, a stop token at the end included
-  size_t decode_steps = 0;  // of these, so many were fed back
+  size_t decode_steps = 0;  // how many of these were fed back
   double first_token = 0;   // seconds from the start of prefill to the first token
   double decode = 0;        // seconds for all decode steps
-  Counters prompt, total;   // counted in prefill; in all
+  Counters prompt;          // counted in prefill
   uint64_t kv_bytes = 0;    // in the KV caches at the end
   bool interrupted = false;
 };
@@ -720,7 +726,6 @@ Answer generate(Engine<B>& engine, std::span<const int> ids, size_t split, size_
   } catch (const Interrupted&) {
     a.interrupted = true;
   }
-  a.total = engine.counted();
   a.kv_bytes = engine.kv_bytes_used();
   return a;
 }

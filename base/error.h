@@ -7,7 +7,7 @@
 namespace speed {
 
 // main() prints "speed: " and what() on one line of stderr, and exits with code.
-//   code  2: another command line would mend it; 1: a bad file or a failed run
+//   code  2: the user can fix the command line; 1: a bad file or a failed run
 //   what  the thing that failed (a flag, a file, a tensor); why: expected against got; hint: what the user can do
 struct Error : std::runtime_error {
   int code;

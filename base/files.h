@@ -33,7 +33,7 @@ class MappedFile {
     if (size_ > 0) {
       void* p = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
       if (p != MAP_FAILED) data_ = static_cast<const uint8_t*>(p);
-      // Pages of 2 MiB, where the system can bring a file in so, are read half as fast again as those of 4 KiB.
+      // Pages of 2 MiB, where the system can bring a file in so, are read 1.5 times as fast as pages of 4 KiB.
       if (data_) ::madvise(p, size_, MADV_HUGEPAGE);
     }
     ::close(fd);
@@ -100,7 +100,7 @@ class OutputFile {
   bool done_ = false;  // there is no temporary file to remove
 };
 
-// Throws at once, not after a long run, if `path` cannot be written. Creates nothing.
+// Throws at once, not after a long run, if `path` cannot be written. Leaves nothing behind.
 inline void require_writable(const std::string& path) {
   std::error_code none;
   const auto there = std::filesystem::status(path, none);

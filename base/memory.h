@@ -38,6 +38,4 @@ inline uint64_t available_memory() {
   return std::min(available, address_space_left());
 }
 
-// ---- the model ----------------------------------------------------------------------------------------------------
-
 }  // namespace speed

@@ -57,8 +57,8 @@ inline json device_record(const Gpu& gpu) {
 }
 #endif
 
-// Loads the model and calls work(model, backend) with the device that the flags name: under auto a GPU, where one
-// is there that can run this shape. The run record says which.
+// Loads the model and calls work(model, backend) with the device that the flags name: under auto a GPU, if
+// there is one that supports this shape, else the CPU. The run record says which.
 template <class Work>
 int on_device(const Options& o, json& record, Work work) {
   Model model = load(o);

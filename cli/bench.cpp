@@ -140,15 +140,15 @@ void flush(Gpu& gpu) {
 // A prompt to prefill, or steps to decode after a prompt.
 struct BenchTest {
   Policy policy;
-  size_t prompt = 0;      // prompt tokens
-  size_t gen = 0;         // or decode steps,
-  size_t depth = 0;       // after so many tokens
+  size_t prompt = 0;      // either a prompt of so many tokens,
+  size_t gen = 0;         // or so many decode steps
+  size_t depth = 0;       // after this many tokens
   Counters counted = {};  // of one repetition
   std::vector<double> seconds = {};
   std::vector<Ceilings> ceilings = {};  // around each
 
-  // The least seconds possible under these ceilings. A prompt reads its weights while it computes.
-  double floor(const Ceilings& c) const {
+  // The least seconds possible under these ceilings. Of a prompt only FLOPs count: weights are read meanwhile.
+  double least_seconds(const Ceilings& c) const {
     const double bytes = gen ? double(counted.weight_bytes + counted.kv_bytes) : 0;
     return std::max(double(counted.flops) / c.gflops, bytes / c.gbps) / 1e9;
   }
@@ -221,7 +221,7 @@ Table bench_table(const std::vector<BenchTest>& tests, const B& backend) {
     for (size_t i = 0; i < t.seconds.size(); ++i) {
       ns.push_back(t.seconds[i] * 1e9);
       rate.push_back(double(t.prompt + t.gen) / t.seconds[i]);
-      share.push_back(t.floor(t.ceilings[i]) / t.seconds[i]);
+      share.push_back(t.least_seconds(t.ceilings[i]) / t.seconds[i]);
     }
     const double typical = median(t.seconds), bytes = double(t.counted.weight_bytes + t.counted.kv_bytes);
     const double gflops = double(t.counted.flops) / typical / 1e9, gbps = t.gen ? bytes / typical / 1e9 : 0;
@@ -248,7 +248,7 @@ Table bench_table(const std::vector<BenchTest>& tests, const B& backend) {
                {median(share), fixed(100 * median(share), 0) + " %"},
                ceilings.gflops,
                ceilings.gbps,
-               t.floor(ceilings) * 1e9,
+               t.least_seconds(ceilings) * 1e9,
                B::name,
                omp_get_max_threads(),
                peak_bytes(backend),

@@ -72,8 +72,8 @@ class Conversation {
     started_ = true;
     history_.insert(history_.end(), r.ids.begin(), r.ids.end());
     history_.insert(history_.end(), a.ids.begin(), a.ids.begin() + long(a.decode_steps));
-    // The last generated token was not fed back. A stop token is part of the template's marks; any other token is
-    // still to be prefilled.
+    // The last generated token was not fed back. If it is a stop token, chat_.next() adds it again; if not, it goes in
+    // front of the next turn.
     unprocessed_.clear();
     const auto& stops = model_.config.eos;
     if (std::find(stops.begin(), stops.end(), a.ids.back()) == stops.end()) unprocessed_ = {a.ids.back()};

@@ -5,14 +5,14 @@
 namespace speed {
 
 // A policy fed with the reference answer.
-struct Forced {
+struct TeacherForced {
   double same_top1;   // share of its tokens that this policy, too, finds likeliest
   uint64_t kv_bytes;  // in the KV caches at its end
 };
 
 template <class B>
-Forced force(const Model& model, const Policy& p, const Request& r, size_t split, const std::vector<int>& answer,
-             const Options& o, B& b) {
+TeacherForced teacher_force(const Model& model, const Policy& p, const Request& r, size_t split,
+                            const std::vector<int>& answer, const Options& o, B& b) {
   std::vector<int> ids = r.ids;
   ids.insert(ids.end(), answer.begin(), answer.end() - 1);
   Engine<B> engine = make_engine(model, p, ids.size(), ids.size() - split, o, b);
@@ -30,7 +30,8 @@ template <class B>
 int compare(const Options& o, json& record, const Model& model, const Request& r, B& backend) {
   const Config& c = model.config;
   const std::vector<Policy> policies = compared_policies(o, model);
-  const size_t N = r.ids.size(), n = size_t(o.n), context = context_for(o, c, N, n);
+  const size_t N = r.ids.size(), context = context_for(o, c, N, size_t(o.n));
+  const size_t n = std::min(size_t(o.n), context - N + 1);
   constexpr int rounds = 3;  // of timing each prompt, policies in turn; the table shows the median
   auto run = [&](const Policy& p, const Emit& emit, size_t tokens) {
     const size_t split = split_under(p, o, r);
@@ -73,17 +74,18 @@ int compare(const Options& o, json& record, const Model& model, const Request& r
     const Policy& p = policies[j];
     const Answer& a = answers[j];
     const auto& reference = answers[0].ids;
-    const size_t part =
+    const size_t first_difference =
         size_t(std::mismatch(a.ids.begin(), a.ids.end(), reference.begin(), reference.end()).first - a.ids.begin());
-    const bool parts = a.ids != reference;
-    const Forced forced = force(model, p, r, split_under(p, o, r), reference, o, backend);
+    const bool differs = a.ids != reference;
+    const TeacherForced forced = teacher_force(model, p, r, split_under(p, o, r), reference, o, backend);
     const double rate = a.decode_steps ? double(a.decode_steps) / a.decode : 0;
     table.row({name(p.method),
                p.k,
                bos_of(p),
                describe(p),
                {forced.same_top1, fixed(100 * forced.same_top1, 1) + " %"},
-               {parts ? json(part + 1) : json(), parts ? "token " + std::to_string(part + 1) : "-"},
+               {differs ? json(first_difference + 1) : json(),
+                differs ? "token " + std::to_string(first_difference + 1) : "-"},
                {a.prompt.flops, flops_text(double(a.prompt.flops))},
                {forced.kv_bytes, bytes_text(double(forced.kv_bytes))},
                {median(first[j]), seconds_text(median(first[j]))},

@@ -1,4 +1,7 @@
 // modes.h - the table of modes. Each mode is a file of its own beside this one.
+//
+// The files of cli/ use the method without including it: they are compiled behind speed.cu, which has them at its end,
+// or file by file with speed.cu as a precompiled header (Makefile).
 #pragma once
 
 #include "../base/json.h"

@@ -1,11 +1,10 @@
-// options.cpp - the command line: one table of flags, and one clear line for each way to get them wrong.
+// options.cpp - the command line: one table of flags, and one error line for each mistake.
 #include "options.h"
 
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <charconv>
-#include <cstring>
 #include <iostream>
 #include <sstream>
 #include <variant>
@@ -227,7 +226,7 @@ std::string overview() {
   auto line = [&](std::string name, const char* does) { s += "  " + name.append(12 - name.size(), ' ') + does + "\n"; };
   for (auto& m : modes) line(m.name, m.does);
   s += "\nPolicies: which layers a prompt token visits, and what later tokens see of it\n";
-  for (auto& p : policies) line(p.name, p.does);
+  for (auto& p : policy_table) line(p.name, p.does);
   return s +
          "\nspeed MODE --help lists the flags of a mode; speed --version prints the version.\n\n"
          "Examples\n"

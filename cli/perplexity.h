@@ -1,8 +1,8 @@
 // perplexity.h - how well a policy predicts a text, beside full depth on the same tokens.
 //
 // The text is cut into pieces of N prompt and M answer tokens, because a policy does something only where there is a
-// prompt. Every answer token is scored, given all before it in its piece. As in `generate`, the last prompt token is
-// decode-phase: it predicts the first answer token. Over the scored tokens t, with p full depth's distribution of the
+// prompt. Every answer token is scored, given all before it in its piece. As in `generate`, the token before
+// the answer is decode-phase: it predicts the first answer token. Over the scored tokens t, with p full depth's distribution of the
 // next token and q the policy's:
 //
 //   perplexity   exp(mean of -ln q(t)); its standard error by the delta method, tokens taken as independent
@@ -24,8 +24,8 @@ struct Piece {
   size_t split = 0, answer = 0;
 };
 
-// Cuts a text's ids into pieces of n prompt tokens, BoS in front of each and counted (where bos >= 0), and m answer
-// tokens. The last piece may have fewer answer tokens, but at least one; a shorter rest is dropped.
+// Cuts a text's ids into pieces of n prompt tokens and m answer tokens. Each piece begins with BoS (where bos >= 0),
+// which is one of its n. The last piece may have fewer answer tokens, but at least one; a shorter rest is dropped.
 inline std::vector<Piece> cut(std::span<const int> text, int bos, size_t n, size_t m) {
   std::vector<Piece> pieces;
   const size_t prompt = n - (bos >= 0);
@@ -56,15 +56,15 @@ inline TokenScore score(const Row& full, const Row& own, size_t vocab, int token
   const double own_max = own.logits[own.best], full_max = full.logits[full.best];
   double sum = 0, full_sum = 0, lead = 0;
   for (size_t i = 0; i < vocab; ++i) sum += std::exp(own.logits[i] - own_max);
-  const double norm = own_max + std::log(sum);
-  TokenScore s{norm - own.logits[token], 0, full.best == own.best};
+  const double log_sum = own_max + std::log(sum);
+  TokenScore s{log_sum - own.logits[token], 0, full.best == own.best};
   if (full.logits == own.logits) return s;
   for (size_t i = 0; i < vocab; ++i) {
     const double e = std::exp(full.logits[i] - full_max);
     full_sum += e;
     lead += e * (double(full.logits[i]) - own.logits[i]);
   }
-  s.kl = std::max(lead / full_sum - (full_max + std::log(full_sum)) + norm, 0.0);  // below 0 only by rounding
+  s.kl = std::max(lead / full_sum - (full_max + std::log(full_sum)) + log_sum, 0.0);  // below 0 only by rounding
   return s;
 }
 

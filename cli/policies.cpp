@@ -8,16 +8,16 @@
 
 namespace speed {
 
-std::string listed(const std::vector<std::string>& words, const std::string& last) {
+std::string listed(const std::vector<std::string>& words, const std::string& conjunction) {
   std::string s;
   for (size_t i = 0; i < words.size(); ++i)
-    s += (i == 0 ? "" : i + 1 < words.size() ? ", " : " " + last + " ") + words[i];
+    s += (i == 0 ? "" : i + 1 < words.size() ? ", " : " " + conjunction + " ") + words[i];
   return s;
 }
 
 std::vector<std::string> policy_names() {
   std::vector<std::string> names;
-  for (auto& p : policies) names.push_back(p.name);
+  for (auto& p : policy_table) names.push_back(p.name);
   return names;
 }
 
@@ -42,8 +42,12 @@ Policy make_policy(const Options& o, const Model& model) {
   const int L = c.shape.n_layers;
   std::optional<Method> method = o.policy ? find_policy(*o.policy) : std::nullopt;
   Policy p = full_depth(L);
-  std::optional<Method> trained;  // the one method the weights were trained for
-  for (auto& a : c.adapted) trained = a.method == c.adapted[0].method ? std::optional(a.method) : std::nullopt;
+  // --policy says which one. Else --k: the one method that the weights were trained for, or speed. Else --keep or
+  // --every: share. Else the one policy at one K that the weights were trained for. Else full.
+  std::optional<Method> trained;
+  if (!c.adapted.empty() &&
+      std::all_of(c.adapted.begin(), c.adapted.end(), [&](auto& a) { return a.method == c.adapted[0].method; }))
+    trained = c.adapted[0].method;
   const Adaptation* one = c.adapted.size() == 1 && c.adapted[0].k ? &c.adapted[0] : nullptr;
   if (!method && o.k) method = trained && info(*trained).takes_k ? *trained : Method::speed;
   if (!method && (o.keep || o.every)) method = Method::share;
@@ -68,7 +72,7 @@ Policy make_policy(const Options& o, const Model& model) {
                 "use 1 to " + std::to_string(L));
   p.bos = o.bos.value_or(p.bos);
 
-  switch (p.method) {
+  switch (p.method) {  // the default K: the file's own, else what each paper proposes
     case Method::full: break;
     case Method::speed:
       p.k = o.k.value_or(one && one->method == Method::speed ? one->k : std::max(1, 3 * L / 4));

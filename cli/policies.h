@@ -25,7 +25,7 @@ std::string describe(const Policy& p);
 // Of a policy that has an anchor, whether it is used; else null.
 json bos_of(const Policy& p);
 
-// Are these weights as good under this policy as they can be: trained for it, or does it need no training?
+// True if the weights were trained for this policy, or it needs no training.
 bool adapted(const Policy& p, const Config& c);
 
 // Says so, once, where they are not.
@@ -33,7 +33,7 @@ void note_if_not_adapted(const std::vector<Policy>& policies, const Config& c);
 
 // The names of all policies; words as "a, b or c".
 std::vector<std::string> policy_names();
-std::string listed(const std::vector<std::string>& words, const std::string& last);
+std::string listed(const std::vector<std::string>& words, const std::string& conjunction);
 
 // The numbers of a list such as "1,2,3"; `flag` is named where it is none.
 std::vector<int> read_ids(std::string text, const std::string& flag);

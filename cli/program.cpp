@@ -88,7 +88,7 @@ int program(int argc, char** argv) {
   watch_signals();
   std::cout.exceptions(std::ios::badbit | std::ios::failbit);
   auto failed = [](const std::string& why, int code) {
-    std::cout.exceptions(std::ios::goodbit);  // for std::cerr flushes it
+    std::cout.exceptions(std::ios::goodbit);  // because std::cerr flushes it
     std::cerr << "speed: " << why << "\n";
     return code;
   };

@@ -17,7 +17,7 @@ std::string fixed(double x, int digits);
 std::string flops_text(double x);  // 12345678 -> "12.3 MFLOP", in steps of 1000
 std::string bytes_text(double x);  // in steps of 1024
 std::string seconds_text(double s);
-double median(std::vector<double> v);
+double median(std::vector<double> v);  // of an even number, the upper one
 size_t columns(const std::string& s);  // width on a terminal, for text of one column a code point
 
 // One line on stderr.
@@ -27,7 +27,7 @@ void note(const std::string& text);
 class Table {
  public:
   struct Column {
-    std::string key, title;  // an empty title: not for people
+    std::string key, title;  // empty: only in csv and json
   };
   struct Cell {
     json value;

@@ -15,7 +15,7 @@ std::atomic<bool> interrupted = false;
 
 static std::string read_all(std::istream& in) {
   std::string text{std::istreambuf_iterator<char>(in), {}};
-  if (interrupted) throw Interrupted{};  // half a text is none
+  if (interrupted) throw Interrupted{};  // an interrupted read is not used
   return text;
 }
 

@@ -60,7 +60,7 @@ int trace(const Options& o, json& record, const Model& model, B& backend) {
     table.row({layer,
                rows(l.prompt_rows),
                rows(l.kv_rows),
-               rows(l.tail_rows),
+               rows(l.decode_rows),
                cache,
                slots,
                {l.counted.flops, flops_text(double(l.counted.flops))},

@@ -25,18 +25,18 @@ namespace speed::fast {
 // row's softmax stays in its lane. Rows of all the query heads that share a key head are processed together.
 
 // One number for each of `tile` query rows.
-struct Columns {
+struct PerQuery {
   Vector part[2];
   float operator[](size_t j) const { return part[j / lanes][j % lanes]; }
   void set(size_t j, float x) { part[j / lanes][j % lanes] = x; }
 };
 constexpr size_t tile = 2 * lanes;
-// Sums kept in registers at once. AVX-512 has 32 registers, others 16; a sum is two of them, and three are left over.
+// Sums kept in registers at once. A sum is two registers, and operands need three more: of 32 with AVX-512, else of 16.
 constexpr size_t sums_at_once = lanes == 16 ? 12 : 6;
 
 // y[r] = sum over i < n of a[r * row + i * step] * b[i], or y[r] += that sum, for r < rows
 template <bool add, size_t R = sums_at_once>
-void product(Columns* y, const float* a, size_t row, size_t step, const Columns* b, size_t n, size_t rows) {
+void product(PerQuery* y, const float* a, size_t row, size_t step, const PerQuery* b, size_t n, size_t rows) {
   for (; rows >= R; rows -= R, y += R, a += R * row) {
     Vector sum[R][2];
     for (size_t r = 0; r < R; ++r)
@@ -54,15 +54,15 @@ void product(Columns* y, const float* a, size_t row, size_t step, const Columns*
 struct QueryTile {
   static constexpr size_t slot_block = 128;  // the scores of a block, 8 or 16 KiB, fit the L1 cache
 
-  std::vector<Columns> q, out;  // [head_dim]: scaled queries; sums of weighted values
-  Columns row_max, sum;         // of the scores; of their exponentials
-  size_t sees[tile];            // slots that a row sees; they never decrease from one row to the next
+  std::vector<PerQuery> q, out;  // [head_dim]: scaled queries; sums of weighted values
+  PerQuery row_max, sum;         // of the scores; of their exponentials
+  size_t sees[tile];             // slots that a row sees; they never decrease from one row to the next
 
   // Adds the next block of slots, from s0 on, to the sums.          k, v [slots, head_dim]
   void add_slots(const float* k, const float* v, size_t s0, size_t head_dim) {
     if (sees[tile - 1] <= s0) return;
     const size_t slots = std::min(slot_block, sees[tile - 1] - s0);
-    Columns score[slot_block];
+    PerQuery score[slot_block];
     product<false>(score, k, head_dim, 1, q.data(), head_dim, slots);
     for (size_t s = std::max(sees[0], s0) - s0; s < slots; ++s)
       for (size_t j = 0; j < tile; ++j)
@@ -89,14 +89,15 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
 #pragma omp parallel
   {
     const size_t max_tiles = (row_block * group + tile - 1) / tile;
-    const auto scratch = std::make_unique<QueryTile[]>(max_tiles);  // no std::vector: nvcc rejects one of vectors
+    const auto scratch = std::make_unique<QueryTile[]>(max_tiles);  // an array: nvcc rejects std::vector<QueryTile>
     for (QueryTile& t : std::span(scratch.get(), max_tiles)) t.q.resize(head_dim), t.out.resize(head_dim);
 #pragma omp for schedule(dynamic)
     for (size_t item = 0; item < blocks * n_kv_heads; ++item) {  // the last rows see most slots: start with them
       const size_t r0 = (blocks - 1 - item / n_kv_heads) * row_block, g = item % n_kv_heads,
                    rows = std::min(row_block, n - r0), all = rows * group, first = g * cache.capacity * head_dim;
       const std::span tiles(scratch.get(), (all + tile - 1) / tile);
-      // Column c of all is row r0 + c / group of head g * group + c % group; those past the end repeat the last.
+      // Column c is query row r0 + c / group of head g * group + c % group; columns past the end repeat the last, so
+      // that every tile is full.
       auto each_column = [&](auto use) {
         for (size_t c = 0; c < tiles.size() * tile; ++c) {
           const size_t at = std::min(c, all - 1), r = r0 + at / group, h = g * group + at % group;
@@ -104,7 +105,7 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
         }
       };
       for (QueryTile& t : tiles) {
-        std::fill(t.out.begin(), t.out.end(), Columns{});
+        std::fill(t.out.begin(), t.out.end(), PerQuery{});
         for (size_t j = 0; j < 2; ++j) t.row_max.part[j] = Vector{} - INFINITY, t.sum.part[j] = Vector{};
       }
       each_column([&](QueryTile& t, size_t j, size_t r, size_t at) {
@@ -124,7 +125,7 @@ inline void attend_rows(float* o, const float* q, const LayerCache<float>& cache
 // ---- one row ------------------------------------------------------------------------------------------------------
 // `Size` is a number, or a type that holds one: loops whose length the compiler knows are twice as fast.
 
-constexpr size_t slot_block = 256;  // slots of one block
+constexpr size_t decode_block = 256;  // slots of one block
 constexpr size_t heads_at_once = 8;
 constexpr size_t prefetch_ahead = 1024;  // floats
 
@@ -140,7 +141,7 @@ inline std::array<float, 2> exponentials(float* score, size_t slots) {
 
 // score [heads, slots] = scale * q k^T          k [slots, head_dim]; q [heads, head_dim]
 template <class Size>
-void scores(float (*score)[slot_block], const float* q, const float* k, size_t heads, size_t slots, Size head_dim,
+void scores(float (*score)[decode_block], const float* q, const float* k, size_t heads, size_t slots, Size head_dim,
             float scale) {
   size_t s = 0;
   for (; s + 4 <= slots; s += 4) {
@@ -190,7 +191,7 @@ template <class Size>
 void attend_block(float* partials, const float* q, const float* k, const float* v, size_t heads, size_t slots,
                   Size head_dim, float scale) {
   const size_t width = head_dim + 2;
-  float score[heads_at_once][slot_block];
+  float score[heads_at_once][decode_block];
   scores(score, q, k, heads, slots, head_dim, scale);
   for (size_t h = 0; h < heads; ++h) {
     std::fill_n(partials + h * width, size_t(head_dim), 0.0f);
@@ -209,16 +210,16 @@ void attend_block(float* partials, const float* q, const float* k, const float* 
 template <class Size>
 void attend_row(float* o, const float* q, const LayerCache<float>& cache, size_t seen, size_t n_heads,
                 size_t n_kv_heads, Size head_dim, std::vector<float>& partials, bool threads) {
-  const size_t blocks = (seen + slot_block - 1) / slot_block, group = n_heads / n_kv_heads, width = head_dim + 2;
+  const size_t blocks = (seen + decode_block - 1) / decode_block, group = n_heads / n_kv_heads, width = head_dim + 2;
   const float scale = 1 / std::sqrt(float(head_dim));
   partials.resize(blocks * n_heads * width);
 #pragma omp parallel for collapse(2) schedule(dynamic) if (threads)
   for (size_t g = 0; g < n_kv_heads; ++g)
     for (size_t b = 0; b < blocks; ++b) {
-      const size_t s = b * slot_block, first = (g * cache.capacity + s) * head_dim;
+      const size_t s = b * decode_block, first = (g * cache.capacity + s) * head_dim;
       for (size_t h = g * group; h < (g + 1) * group; h += heads_at_once)
         attend_block(partials.data() + (b * n_heads + h) * width, q + h * head_dim, cache.k + first, cache.v + first,
-                     std::min(heads_at_once, (g + 1) * group - h), std::min(slot_block, seen - s), head_dim, scale);
+                     std::min(heads_at_once, (g + 1) * group - h), std::min(decode_block, seen - s), head_dim, scale);
     }
   for (size_t h = 0; h < n_heads; ++h) {
     auto part = [&](size_t b) { return partials.data() + (b * n_heads + h) * width; };

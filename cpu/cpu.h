@@ -2,7 +2,7 @@
 //
 // Products of many rows go through OpenBLAS, products of few rows through loops that read each weight once, attention
 // through attention.h. Activations and KV cache are fp32. Weights are bf16 and read where they are in the mapped file.
-// No result depends on the number of threads: work is cut by sizes fixed for the machine, and one thread makes a sum.
+// No result depends on the number of threads: work is split by sizes that do not, and one thread makes a whole sum.
 #pragma once
 
 #include <cblas.h>
@@ -37,7 +37,7 @@ struct Cpu {
     size_t size = 0;
     Buffer() = default;
     explicit Buffer(size_t n) : size(n) {
-      // Large memory is in large pages: in pages of 4 KiB it is read a third slower.
+      // Buffers of 2 MiB and more use huge pages: in pages of 4 KiB reads are a third slower.
       const size_t page = n * sizeof(T) < large_page ? 64 : large_page;
       const size_t bytes = std::max<size_t>((n * sizeof(T) + page - 1) / page, 1) * page;
       data.reset(static_cast<T*>(std::aligned_alloc(page, bytes)));
@@ -66,8 +66,8 @@ struct Cpu {
   void check(const Shape&) const {}  // every shape is supported
   uint64_t bytes_to_load(const Model&) const { return 0; }
   const Weights& load(const Model& model) { return model.weights; }
-  // Where address space is limited, threads need some of it: stacks and glibc's arenas, without which OpenMP aborts the
-  // program, and 128 MiB each at OpenBLAS's first product, which it retries for ever (its memory.c, 0.3.21).
+  // Where address space is limited (ulimit -v), 320 MiB a thread stay free: for stacks and glibc's arenas, without which
+  // OpenMP aborts, and for OpenBLAS's buffer of 128 MiB, which it tries to get for ever (its memory.c, 0.3.21).
   uint64_t available_memory() const {
     const uint64_t threads = uint64_t(omp_get_max_threads()) * (320 << 20), left = address_space_left();
     return std::min(speed::available_memory(), left > threads ? left - threads : 0);
@@ -174,11 +174,11 @@ struct Cpu {
     });
   }
 
-  // *best = the id of the largest of logits [vocab], the first of equals; throws if any is NaN
+  // *best = the id of the largest of logits [vocab], on ties the smallest; throws if any is NaN
   void arg_max(int* best, const float* logits, size_t vocab) { *best = speed::arg_max(logits, vocab); }
 
   // cos, sin [n, half] of position * frequency          frequencies [half]; positions [n]
-  // The angle is formed in fp32, as Hugging Face does: float64 would be truer, and differ by 3e-6 at 600 tokens.
+  // The angle is formed in fp32, as Hugging Face does: float64 would be more exact, and differ by 3e-6 at position 600.
   void rope_angles(float* cos, float* sin, const float* frequencies, const int* positions, size_t n, size_t half) {
 #pragma omp parallel for if (n > 1)
     for (size_t r = 0; r < n; ++r)
@@ -280,7 +280,7 @@ struct Cpu {
 
   static void widen(float* y, const bf16* x, size_t n) {
 #pragma omp simd
-    for (size_t i = 0; i < n; ++i) y[i] = std::bit_cast<float>(uint32_t(x[i].bits) << 16);
+    for (size_t i = 0; i < n; ++i) y[i] = to_float(x[i]);
   }
 };
 

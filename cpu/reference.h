@@ -1,6 +1,6 @@
 // reference.h - every operation of the model as it is defined: loops that say what is computed and nothing else.
 //
-// They are what the fast versions (cpu.h, gpu/kernels.cuh) are tested against. Sums are made in double. Beside them:
+// The fast versions (cpu.h, gpu/kernels.cuh) are tested against these. Sums are made in double. Beside them:
 // what products and attention cost (Counters), RoPE's frequencies, the likeliest token.
 #pragma once
 
@@ -52,8 +52,8 @@ inline void rope(float* x, const float* cos, const float* sin, size_t n, size_t 
     }
 }
 
-// Grouped-query attention: row r sees the first seen + r slots of the cache. That is the whole causal mask: what must
-// not be seen is in no slot, or in a later one.          Ainslie et al., arXiv 2305.13245
+// Grouped-query attention: row r sees the first seen + r slots of the cache. This is the whole causal
+// mask: tokens that row r must not see have no slot, or a later one.          Ainslie et al., arXiv 2305.13245
 // o, q [n, n_heads, head_dim]; query head h reads key head h / (n_heads / n_kv_heads)
 inline void attention(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
                       size_t n_kv_heads, size_t head_dim) {
@@ -88,8 +88,8 @@ inline void swiglu(float* gate, const float* up, size_t n) {
 // ---- RoPE's frequencies -------------------------------------------------------------------------------------------
 
 // Inverse frequencies, [head_dim/2], in fp32 as Hugging Face forms them, with Llama-3's scaling where the model has it:
-// wavelengths beyond original_context / low_freq_factor are stretched by `factor`, those below original_context /
-// high_freq_factor kept, those between interpolated.
+// frequencies of wavelengths beyond original_context / low_freq_factor are divided by `factor`, those below
+// original_context / high_freq_factor kept, those between interpolated.
 inline std::vector<float> rope_frequencies(const Config& config, const float* divisors) {
   const int half = config.shape.head_dim / 2;
   std::vector<float> f(half);
@@ -117,14 +117,15 @@ inline std::vector<float> rope_frequencies(const Config& config, const float* di
 
 struct Counters {
   uint64_t flops = 0;         // matrix products and attention, 2 a multiply-add
-  uint64_t weight_bytes = 0;  // parameters read, once a product
+  uint64_t weight_bytes = 0;  // parameters read, once a product or norm
   uint64_t kv_bytes = 0;      // KV cache read: the slots filled before this call's own rows, once a call
   // n rows times a matrix [out, in]
   void product(size_t n, size_t in, size_t out) {
     flops += 2 * n * in * out;
     weight_bytes += n ? in * out * sizeof(bf16) : 0;
   }
-  // n rows, of which row r sees seen + r slots of a cache whose values have value_bytes each
+  // n rows, of which row r sees seen + r slots of a cache whose values have value_bytes each. `seen` includes row 0's
+  // own slot, which the call has just written.
   void attention(size_t n, size_t seen, size_t n_heads, size_t n_kv_heads, size_t head_dim, size_t value_bytes) {
     flops += 4 * n_heads * head_dim * (n * seen + n * (n - 1) / 2);
     kv_bytes += (seen - 1) * 2 * n_kv_heads * head_dim * value_bytes;
@@ -142,7 +143,7 @@ inline Error not_a_number() {
   return Error(1, "logits", "not a number", "the weights are damaged: export the checkpoint again");
 }
 
-// The id of the largest logit, the first of equals. A NaN anywhere is an error, never an answer.
+// The id of the largest logit, on ties the smallest. A NaN anywhere is an error, never an answer.
 inline int arg_max(const float* logits, size_t vocab) {
   size_t best = 0;
   bool nan = false;

@@ -1,9 +1,8 @@
 // simd.h - SIMD helpers for the CPU's fast operations: the processor's vectors, sums of products, e^x.
 //
-// GCC's and clang's vector extensions: + and * work on all lanes at once, a float on one side meets every lane.
+// GCC's and clang's vector extensions: + and * work on all lanes at once; a float operand is broadcast to all lanes.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdint>
@@ -33,8 +32,8 @@ inline Vector load(const float* p) {
 }
 
 inline Vector load(const bf16* p) {
-  typedef uint16_t Half __attribute__((vector_size(lanes * sizeof(uint16_t))));
-  Half bits;
+  typedef uint16_t Bits __attribute__((vector_size(lanes * sizeof(uint16_t))));
+  Bits bits;
   std::memcpy(&bits, p, sizeof bits);
   return std::bit_cast<Vector>(__builtin_convertvector(bits, Words) << 16);
 }
@@ -54,12 +53,12 @@ inline Four sums(const Vector (&v)[4]) {
 }
 
 // {w . x[0], ..., w . x[R-1]}          w [n]; x [R, n]
-// Prefetching some lines ahead reads up to two thirds faster, because the processor's own prefetcher stops at the end of
+// With prefetching some lines ahead this is up to 1.7 times as fast, because the processor's own prefetcher stops at the end of
 // each 4 KiB page. (A prefetch beyond the end of the file does nothing.) It prefetches one line at a time: a processor
-// keeps few requests open, and stalls when a whole row is requested at once.
+// has only few loads in flight, and stalls when a whole row is requested at once.
 template <size_t R>
 std::array<float, R> dot(const bf16* w, const float* x, size_t n) {
-  constexpr size_t line = 32, near = 256, far = 2048;  // weights
+  constexpr size_t line = 32, near = 256, far = 2048;  // in weights of 2 bytes: a cache line, two distances ahead
   Vector sum[R][line / lanes] = {};
   size_t i = 0;
   for (; i + line <= n; i += line) {
@@ -89,8 +88,8 @@ void dots(const bf16* w, const float* x, size_t rows, size_t n, Use use, size_t 
   if constexpr (R > 1) dots<R - 1>(w, x, rows, n, use, r);
 }
 
-// e^x to 2 ulp, of a number or of each lane of a vector, in steps the compiler can vectorise (std::exp it cannot; GCC
-// needs -fno-trapping-math even for these): e^x = 2^n e^r with |r| <= ln2 / 2, e^r by its polynomial (Cephes). It is 0
+// e^x to 2 ulp, of a number or of each lane of a vector, in steps that the compiler can vectorise, unlike std::exp (GCC also
+// needs -fno-trapping-math): e^x = 2^n e^r with |r| <= ln2 / 2, e^r by its polynomial (Cephes). It is 0
 // below -87, and stays at e^88 above 88; NaN stays NaN.
 template <class T>
 T exp(T x) {

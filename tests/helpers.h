@@ -82,7 +82,7 @@ inline std::vector<Policy> all_policies(const Config& c) {
   std::vector<int> every(L);
   for (int l = 0; l < L; ++l) every[l] = l;
   std::vector<Policy> all;
-  for (const PolicyInfo& takes : policies) {
+  for (const PolicyInfo& takes : policy_table) {
     if (takes.takes_group) {
       if (c.swiftkv_k) all.push_back(policy(takes.method, L, c.swiftkv_k, true, {}, c.swiftkv_group));
     } else if (takes.takes_kept) {

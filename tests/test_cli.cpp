@@ -76,11 +76,11 @@ TEST_CASE("help and version", "[cli]") {
     for (std::string line; std::getline(lines, line); ++count) CHECK(line.size() <= 80);
     CHECK(count <= 50);
   }
-  for (const PolicyInfo& p : policies) CHECK(help.out.find(std::string("  ") + p.name + " ") != std::string::npos);
+  for (const PolicyInfo& p : policy_table) CHECK(help.out.find(std::string("  ") + p.name + " ") != std::string::npos);
 }
 
 TEST_CASE("every policy of the table runs by its name, alone and beside full depth", "[cli]") {
-  for (const PolicyInfo& p : policies) {
+  for (const PolicyInfo& p : policy_table) {
     if (p.takes_group) continue;  // the bundled model has no SwiftKV projections
     INFO(p.name);
     const std::string with = p.takes_kept ? " --every 2" : p.takes_k ? " --k 3" : "";

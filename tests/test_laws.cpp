@@ -81,7 +81,7 @@ TEST_CASE("every policy equals Hugging Face, and a small fault does not", "[laws
   }
   CHECK(compared > 60);
   CHECK(faults > 60);
-  for (const PolicyInfo& policy : policies) {
+  for (const PolicyInfo& policy : policy_table) {
     INFO("policy " << policy.name << " has no stored logits of Hugging Face: see tests/hf/make_golden.py");
     CHECK(seen.count(policy.name));
   }
@@ -97,7 +97,7 @@ TEST_CASE("law 1: K = L and all kept equal full bit for bit", "[laws]") {
         const auto full = logits(m, full_depth(L), ids, split, chunk);
         std::vector<int> every(L);
         for (int l = 0; l < L; ++l) every[l] = l;
-        for (const PolicyInfo& takes : policies) {
+        for (const PolicyInfo& takes : policy_table) {
           if (takes.takes_group && !m.config.original_projections) continue;
           INFO(takes.name);
           for (bool bos : {true, false})

@@ -60,7 +60,7 @@ TEST_CASE("K = L is full in every count", "[policy]") {
   for (const Shape& s : known_shapes()) {
     const int L = s.n_layers;
     std::vector<int> all = every(1, L);
-    for (const PolicyInfo& takes : policies) {
+    for (const PolicyInfo& takes : policy_table) {
       INFO(takes.name);
       const Policy p = policy(takes.method, L, L, true, takes.takes_kept ? all : std::vector<int>{}, 3);
       CHECK(p.is_full());

@@ -33,7 +33,7 @@ void use(const Model& m) {
   for (const LayerWeights& l : m.weights.layers)
     sum += l.down[uint64_t(s.mlp) * s.hidden - 1].bits + l.wo[s.q_width() * s.hidden - 1].bits;
   require(sum != 1, "any sum but an unlikely one");  // so that the reads are made
-  for (const PolicyInfo& policy : policies) {
+  for (const PolicyInfo& policy : policy_table) {
     Options o;
     o.policy = policy.name;
     if (policy.takes_kept) o.every = 2;
