@@ -4,7 +4,9 @@
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make test-package   the tests of the Python package in hf/, all of them (an environment of 7 GB, once)
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
+# make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
+# make gpu-kit      packs programs and checks for a first run on a GPU machine that has no compiler
 # make gpu-bench    times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
 # make fuzz         hostile model files, texts and templates, made up by libFuzzer (ten minutes)
 # make sanitize     the tests again under AddressSanitizer and UBSan
@@ -73,7 +75,7 @@ $(BUILD)/program/report.o: $(BUILD)/commit
 # -O1, because a test compiles more than it runs; the program that test_cli.cpp starts is the one above.
 
 TESTFLAGS ?= -O1 -march=native
-TESTS = $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/test_*.cpp tests/main.cpp))
+TEST_OBJECTS = $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/test_*.cpp tests/main.cpp))
 
 HELPERS = $(BUILD)/helpers.h
 
@@ -93,7 +95,7 @@ $(EMULATED): WITH_HELPERS = -DSPEED_EMULATOR -Wno-unknown-pragmas
 $(BUILD)/emulator.o: TESTFLAGS += -O3
 
 # -rdynamic, so that the emulator's messages name a kernel.
-$(BUILD)/tests: $(TESTS) $(BUILD)/emulator.o $(addprefix $(BUILD)/program/,policies.o report.o request.o)
+$(BUILD)/tests: $(TEST_OBJECTS) $(BUILD)/emulator.o $(addprefix $(BUILD)/program/,policies.o report.o request.o)
 	$(CXX) $(TESTFLAGS) -fopenmp -rdynamic $^ -o $@ $(LIBRARIES) -lboost_context
 
 # Laws and threads once more with other OpenBLAS kernels: those pick their method by shape, so equal bits are harder.
@@ -146,16 +148,48 @@ speed-cuda: $(SOURCES)
 	@! grep -B2 -E '\b[1-9][0-9]* bytes (stack|spill)|warning' $(BUILD)/nvcc.log
 	mv $@.new $@
 
+# With cuobjdump of the CUDA toolkit, or of the package triton, which the comparison with Hugging Face pins.
+sass: speed-cuda
+	@if command -v cuobjdump >/dev/null || [ -x /usr/local/cuda/bin/cuobjdump ]; then python3 tests/gpu/sass.py; \
+	else tests/hf/run.sh "$(CACHE)" tests/gpu/sass.py; fi
+
 # The tests of the kernels once more, on the GPU itself.
+THIS_GPU = -Xcompiler -march=native -gencode arch=compute_$(CARD:90=90a),code=sm_$(CARD:90=90a)
 build-gpu/test_gpu.o: tests/test_gpu.cpp $(SOURCES) $(wildcard tests/*.h)
 	@mkdir -p build-gpu
-	$(NVCC) $(NVCCFLAGS) -Xcompiler -march=native -arch=sm_$(CARD:90=90a) -x cu -c $< -o $@
+	$(NVCC) $(NVCCFLAGS) $(THIS_GPU) -x cu -c $< -o $@
 
 build-gpu/tests: build-gpu/test_gpu.o $(BUILD)/main.o
 	$(NVCC) -ccbin $(CXX) -Xcompiler -fopenmp $^ -o $@ $(LIBRARIES) -lcublas
 
-gpu-check: speed build-gpu/tests
+# With SPEED=program and TESTS=tests in the environment nothing is built.
+ifeq ($(CARD)$(SPEED),)
+gpu-check:
+	@echo "gpu-check: nvidia-smi finds no GPU here; make gpu-kit packs the checks for a machine that has one" >&2; exit 1
+else
+gpu-check: $(if $(SPEED),,speed) $(if $(TESTS),,build-gpu/tests)
 	tests/gpu/run.sh "$(CACHE)"
+endif
+
+# Everything a first run on a GPU needs, in one archive: see tests/gpu/pack.sh. KIT_GPU: for which GPU, as nvcc names it.
+KIT_GPU ?= 90a
+KIT = build-gpu/kit-bin
+KIT_FLAGS = $(NVCCFLAGS) $(NAMED) -lineinfo -Xcompiler -march=x86-64-v3 -gencode arch=compute_$(KIT_GPU),code=sm_$(KIT_GPU)
+KIT_LINK = $(NVCC) -ccbin $(CXX) -Xcompiler -fopenmp -Xlinker --disable-new-dtags -Xlinker -rpath='$$ORIGIN/../lib'
+gpu-kit: $(addprefix $(KIT)/,speed tests times)
+	tests/gpu/pack.sh
+
+$(KIT)/%.o: $(SOURCES) $(wildcard tests/*.h tests/*.cpp tests/gpu/*.cu)
+	@mkdir -p $(@D)
+	$(NVCC) $(KIT_FLAGS) -x cu -c $(firstword $(wildcard $*.cu tests/$*.cpp tests/gpu/$*.cu)) -o $@
+$(KIT)/main.o: tests/main.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(LANGUAGE) -O1 -march=x86-64-v3 -c $< -o $@
+$(KIT)/speed: $(KIT)/speed.o
+$(KIT)/times: $(KIT)/times.o
+$(KIT)/tests: $(KIT)/test_gpu.o $(KIT)/main.o
+$(KIT)/speed $(KIT)/times $(KIT)/tests:
+	$(KIT_LINK) $^ -o $@ $(LIBRARIES) -lcublas
 
 # Random weights, made on the device. At 128K tokens fewer repetitions: a prompt takes seconds there.
 gpu-bench: speed
@@ -187,4 +221,5 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda gpu-check gpu-bench test test-hf test-package sanitize sanitize-threads bench fuzz format check-format help clean FORCE
+.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package sanitize sanitize-threads bench fuzz \
+  format check-format help clean FORCE

@@ -1,12 +1,12 @@
-// cuda.cuh - what the kernels stand on: every PTX instruction in a wrapper of its own, every call of CUDA and cuBLAS
-// in a thin host layer. Nothing here knows about language models.
+// cuda.cuh - a wrapper for every PTX instruction the kernels use, and a thin host layer over CUDA and cuBLAS. Nothing
+// here knows about language models.
 //
-// Each wrapper has two bodies. This file holds the one for the device. g++ -DSPEED_EMULATOR takes the other, from
-// tests/emulator.h, which runs a block's threads as fibers on a CPU; the text of the kernels is the same in both.
+// Each wrapper has two bodies. This file has the one for a GPU. g++ -DSPEED_EMULATOR takes the other from
+// tests/emulator.h, which runs a block's threads as fibers on a CPU. So the same source of the kernels runs in both.
 //
-// Conventions. A warp is 32 lanes. What says "whole warp" must be reached by all 32 lanes together; blocks have whole
-// warps. Host calls that take a Stream are asynchronous: they may be carried out as late as synchronize(), so memory
-// they read must stay and memory they write must be left alone until then.
+// Conventions. A warp is 32 lanes; blocks have whole warps. "Whole warp" means: all 32 lanes must call it together.
+// Host calls that take a Stream are asynchronous: they may run as late as synchronize(), so until then memory they read
+// must not change, and memory they write must not be used.
 #pragma once
 
 #include <cstddef>
@@ -36,6 +36,7 @@ struct LaunchStream {
 #else
 
 #include <cublas_v2.h>
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #define DEVICE __device__ __forceinline__
@@ -44,8 +45,7 @@ namespace speed {
 
 // ---- threads and shared memory ------------------------------------------------------------------------------------
 
-// The block's dynamic shared memory, as many bytes as launch() was given, aligned to 128. Its contents at the start are
-// anything.
+// The block's dynamic shared memory: as many bytes as launch() was given, aligned to 128, uninitialized.
 template <class T>
 DEVICE T* shared_memory() {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -58,7 +58,7 @@ DEVICE void sync_threads() { __syncthreads(); }
 // The same for the lanes of a warp. Whole warp.
 DEVICE void sync_warp() { __syncwarp(); }
 
-// What lane `lane` (or: this lane's number ^ mask) holds of v. T is float, int or uint32_t. Whole warp.
+// The v of lane `lane`, or of lane (this one ^ mask). T is float, int or uint32_t. Whole warp.
 template <class T>
 DEVICE T shuffle(T v, int lane) {
   return __shfl_sync(0xFFFFFFFF, v, lane);
@@ -68,16 +68,20 @@ DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xFFFFFFFF, v, mask);
 }
 
-// What this thread wrote to global memory before is seen by every thread that sees what it writes after.
+// Orders this thread's writes to global memory: whoever sees a write after the fence sees those before it.
 DEVICE void memory_fence() { __threadfence(); }
 
-// Adds to a word of global memory, as one step among all threads; returns what it held before.
+// Adds to a word of global memory atomically; returns its value before.
 DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
 
 // ---- memory, 16 bytes at a time; addresses are multiples of 16 ----------------------------------------------------
 
 DEVICE uint4 load_16(const void* p) { return *static_cast<const uint4*>(p); }
 DEVICE void store_16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+
+// 4 bytes; the address is a multiple of 4. One instruction also where the pointer's type promises less alignment: the
+// compiler makes of memcpy() to a bf16* a store for every byte.
+DEVICE void store_4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 
 // For weights, read once a kernel and written by none that could overlap it: global memory, past the L1 cache.
 DEVICE uint4 load_16_once(const void* p) {
@@ -90,9 +94,9 @@ DEVICE uint4 load_16_once(const void* p) {
 
 DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Starts a copy of 16 bytes from global to shared memory; zeros, and `global` not read, where it is not valid. Copies
-// started since the last commit are one group. After wait<N>() all groups of this thread but its latest N are there,
-// for this thread; for others after a barrier too. Until then the destination holds anything.
+// Starts a copy of 16 bytes from global to shared memory; where not valid, `global` is not read and zeros are written.
+// The copies since the last commit are one group. After wait<N>() this thread sees all its groups but the latest N, and
+// others see them after a barrier. Until then the destination is undefined.
 DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -102,6 +106,129 @@ DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int N>
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- Hopper: compute capability 9.0 alone ------------------------------------------------------------------------
+// Kernels that call these have a body only where SPEED_HOPPER is defined; elsewhere they are compiled empty.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SPEED_HOPPER
+#endif
+
+// A barrier in shared memory (PTX ISA, "mbarrier"). A phase of it ends when `arrivals` threads have arrived and all
+// bytes that were expected have been copied; then the next begins, with the same number of arrivals.
+struct alignas(8) Barrier {
+  uint64_t word;
+};
+DEVICE void barrier_init(Barrier* b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+// Called by the thread that initialized them, before the sync_threads() after which others use them.
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Arrives, and makes the phase wait for so many bytes more.
+DEVICE void barrier_expect(Barrier* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
+               : "memory");
+}
+DEVICE void barrier_arrive(Barrier* b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+// Waits for the end of the phase of this parity: phases are 0, 1, 0, ... A new barrier counts as after a phase 1.
+DEVICE void barrier_wait(Barrier* b, int parity) {
+  uint32_t ended;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(ended)
+                 : "r"(shared_address(b)), "r"(parity)
+                 : "memory");
+  } while (!ended);
+}
+
+// Starts a copy of rows [row, row + 128) of one head of a tensor that the host described (tensor_map, below) to a tile
+// in shared memory, aligned to 1024; zeros for rows that the map does not have. Its bytes count for the barrier. The
+// tile is E / 64 halves [128][64]; byte address bits 4 to 6 are exclusive-ored with bits 7 to 9. One thread calls it.
+using TensorMap = CUtensorMap;
+DEVICE void copy_tile(void* shared, const TensorMap& map, Barrier* b, int row, int head) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(b)), "r"(0), "r"(row), "r"(0), "r"(head)
+      : "memory");
+}
+
+// Products of a warpgroup (PTX ISA, "wgmma"): 128 threads, all of which reach these together. A batch of products is a
+// scope: { Products batch; warpgroup_product(...); ... }. They run in the background, in order: until
+// products_wait<N>() has returned, which waits for all batches but the latest N, no result may be touched and no
+// operand changed. settled() then keeps the compiler from reading a result before the wait.
+struct Products {
+  DEVICE Products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+  DEVICE ~Products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+};
+template <int N>
+DEVICE void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+template <int N>
+DEVICE void settled(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// D [64, N] = A B, or += where `add`; N is 64 or 128, the inner size 16. In a warp of 16 rows D's layout is that of
+// mma_m16n8k16 for each 8 columns: d[4 j + i] of thread g, t is element i of columns 8 j to 8 j + 7.
+// The first takes A [64, 16] and B^T [N, 16] from shared memory, rows of 128 bytes. The second takes A from registers,
+// as mma_m16n8k16 does, and B [16, N] from shared memory. `a` and `b` are matrix descriptors.
+#define SPEED_REGISTERS_32                                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define SPEED_REGISTERS_64                                                                                           \
+  SPEED_REGISTERS_32                                                                                                 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SPEED_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SPEED_D16(i) SPEED_D4(i), SPEED_D4(i + 4), SPEED_D4(i + 8), SPEED_D4(i + 12)
+#define SPEED_D32(i) SPEED_D16(i), SPEED_D16(i + 16)
+
+template <int N>
+DEVICE void warpgroup_product(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
+  static_assert(N == 128);
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SPEED_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+      : SPEED_D32(0), SPEED_D32(32)
+      : "l"(a), "l"(b), "r"(int(add)));
+}
+template <int N>
+DEVICE void warpgroup_product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N == 64 || N == 128);
+  if constexpr (N == 128)
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SPEED_REGISTERS_64
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : SPEED_D32(0), SPEED_D32(32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  else
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SPEED_REGISTERS_32
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : SPEED_D32(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Changes how many registers a thread of the warpgroup has: a multiple of 8, 24 to 256. Whole warpgroup.
+template <int R>
+DEVICE void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));
+}
+template <int R>
+DEVICE void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R));
+}
+
+// Named barriers, 1 to 15: one side waits until `threads` threads in all have come, the other comes and goes on.
+DEVICE void named_barrier_wait(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- bf16, tensor cores -------------------------------------------------------------------------------------------
@@ -215,7 +342,7 @@ inline Device open_device(Where where = Where::current()) {
   return d;
 }
 
-// Device memory, aligned to 256, with anything in it. Error where there is not as much.
+// Device memory, aligned to 256, uninitialized. Error if there is not enough.
 inline void* device_allocate(size_t bytes, Where where = Where::current()) {
   void* p = nullptr;
   const cudaError_t e = cudaMalloc(&p, bytes);
@@ -223,7 +350,7 @@ inline void* device_allocate(size_t bytes, Where where = Where::current()) {
     cudaGetLastError();
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    fail("GPU memory", std::to_string(bytes >> 20) + " MiB asked for, " + std::to_string(free >> 20) + " MiB free",
+    fail("GPU memory", std::to_string(bytes >> 20) + " MiB needed, " + std::to_string(free >> 20) + " MiB free",
          "use a smaller -c, -n or --chunk, or a GPU that is free", where);
   }
   SPEED_CHECK(e, where);
@@ -232,7 +359,7 @@ inline void* device_allocate(size_t bytes, Where where = Where::current()) {
 // Waits for all work on the device first. Null is allowed.
 inline void device_free(void* p) noexcept { cudaFree(p); }
 
-// Work in the order it was given. The destructor waits for it.
+// A queue of work for the GPU, which runs in order. The destructor waits for it.
 class Stream {
  public:
   explicit Stream(Where where = Where::current()) {
@@ -266,8 +393,33 @@ inline void fill_bytes(void* to, int byte, size_t bytes, const Stream& s, Where 
   SPEED_CHECK(cudaMemsetAsync(to, byte, bytes, s.get()), where);
 }
 
-// Runs kernel(args...) with grid.x * grid.y * grid.z blocks of block.x threads, a multiple of 32, and `shared_bytes` of
-// shared memory each. Nothing is run where the grid is empty.
+// The tensor [heads, rows, e] of bf16 at `base` for copy_tile(); pitches are the distances of two rows and of two
+// heads, in values, multiples of 8. rows >= 1.
+inline TensorMap tensor_map(const bf16* base, size_t rows, size_t heads, size_t row_pitch, size_t head_pitch, int e,
+                            Where where = Where::current()) {
+  static const auto encode = [where] {  // a function of the driver, which the program does not link with
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    SPEED_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found),
+                where);
+    if (found != cudaDriverEntryPointSuccess) fail("cuTensorMapEncodeTiled", "not in the driver", "update it", where);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
+  }();
+  TensorMap map;
+  const cuuint64_t sizes[] = {64, rows, cuuint64_t(e / 64), heads};
+  const cuuint64_t pitches[] = {row_pitch * sizeof(bf16), 64 * sizeof(bf16), head_pitch * sizeof(bf16)};
+  const cuuint32_t box[] = {64, 128, cuuint32_t(e / 64), 1}, every[] = {1, 1, 1, 1};
+  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<bf16*>(base), sizes, pitches, box,
+                            every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (r != CUDA_SUCCESS)
+    fail("cuTensorMapEncodeTiled", "error " + std::to_string(int(r)), "this is a fault of the program: report it",
+         where);
+  return map;
+}
+
+// Queues kernel(args...) with grid.x * grid.y * grid.z blocks of block.x threads, a multiple of 32, and `shared_bytes`
+// of shared memory a block. An empty grid queues nothing.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, LaunchStream s, A&&... args) {
   if (size_t(grid.x) * grid.y * grid.z == 0) return;
@@ -281,8 +433,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, La
   SPEED_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(std::forward<A>(args))...), s.where);
 }
 
-// Work recorded once from record(), which gives it to the stream without waiting, allocating or freeing; run() gives
-// all of it again, with the same arguments.
+// A CUDA graph, captured from record(), which queues work without waiting, allocating or freeing; run() queues all of
+// it again, with the same arguments.
 class Graph {
  public:
   Graph() = default;
@@ -318,7 +470,7 @@ class Graph {
   cudaGraphExec_t run_ = nullptr;
 };
 
-// A moment in a stream's work.
+// A point in time in a stream's work.
 class Event {
  public:
   explicit Event(Where where = Where::current()) { SPEED_CHECK(cudaEventCreate(&event_), where); }
@@ -326,7 +478,7 @@ class Event {
   Event& operator=(const Event&) = delete;
   ~Event() { cudaEventDestroy(event_); }
   void record(const Stream& s, Where where = Where::current()) { SPEED_CHECK(cudaEventRecord(event_, s.get()), where); }
-  // Between two moments that the device has passed.
+  // Between two events that the device has passed.
   double seconds_since(const Event& start, Where where = Where::current()) const {
     float ms = 0;
     SPEED_CHECK(cudaEventElapsedTime(&ms, start.event_, event_), where);
@@ -337,10 +489,10 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// Matrix products of many rows, by cuBLAS, in the order of the stream it is made with, which must outlive it.
+// Matrix products by cuBLAS on the stream it is constructed with, which must outlive it.
 class Blas {
  public:
-  // The workspace is its own, so that products can be recorded in a graph and the same call gives the same bits.
+  // With a workspace of its own, so that products can be captured in a graph and the same call gives the same bits.
   explicit Blas(const Stream& s, Where where = Where::current()) : workspace_(device_allocate(workspace_bytes, where)) {
     SPEED_CHECK(cublasCreate(&handle_), where);
     SPEED_CHECK(cublasSetStream(handle_, s.get()), where);
@@ -367,7 +519,7 @@ class Blas {
   static constexpr size_t workspace_bytes = size_t(32) << 20;  // NVIDIA's advice for Hopper
 
  private:
-  // cuBLAS counts columns first: y^T = (w^T)^T x^T is the same memory.
+  // cuBLAS matrices are column-major: y^T = (w^T)^T x^T is the same memory.
   void product(void* y, cudaDataType type, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta,
                Where where) {
     if (n == 0) return;

@@ -1,11 +1,10 @@
-// kernels.cuh - the operations of cpu/reference.h once more, as CUDA kernels: all but attention, which is in attention.cuh.
+// kernels.cuh - the operations of cpu/reference.h as CUDA kernels: all but attention, which is in attention.cuh.
 //
-// The plain version of each, which runs on every GPU from compute capability 8.0 on. Weights, cache and the inputs of
-// tensor cores are bf16, all sums fp32, and so is the residual stream. No sum depends on the order in which blocks run:
-// two runs give the same bits.
+// They run on every GPU from compute capability 8.0 on. Weights, cache and the inputs of tensor cores are bf16; sums
+// and the residual stream are fp32. No sum depends on the order in which blocks run: two runs give the same bits.
 //
-// Plain names in contracts: n rows of a call, d hidden, e head_dim, h query heads, g key/value heads, f MLP width. What
-// a kernel must move is what it reads and writes once; tables of a few KiB are left out.
+// Names in contracts: n rows of a call, d hidden, e head_dim, h query heads, g key/value heads, f MLP width. "Moves" is
+// what a kernel must at least read and write, each value once; tables of a few KiB are not counted.
 #pragma once
 
 #include "cuda.cuh"
@@ -47,13 +46,13 @@ DEVICE float warp_sum(float v) {
   return v;
 }
 
-// The same over the block, by way of `parts` [warps] in shared memory. Whole block.
-DEVICE float block_sum(float v, float* parts) {
+// The same over the block, through warp_sums [warps] in shared memory. Whole block.
+DEVICE float block_sum(float v, float* warp_sums) {
   v = warp_sum(v);
-  if (threadIdx.x % warp_size == 0) parts[threadIdx.x / warp_size] = v;
+  if (threadIdx.x % warp_size == 0) warp_sums[threadIdx.x / warp_size] = v;
   sync_threads();
   float sum = 0;
-  for (unsigned w = 0; w < blockDim.x / warp_size; ++w) sum += parts[w];
+  for (unsigned w = 0; w < blockDim.x / warp_size; ++w) sum += warp_sums[w];
   return sum;
 }
 
@@ -94,7 +93,7 @@ __global__ void rmsnorm(bf16* y, const float* x, const bf16* w, int d, float eps
 // gate = silu(gate) * up, silu(x) = x / (1 + e^-x)
 DEVICE float silu(float x) { return x / (1.0f + exp2_fast(-1.44269504f * x)); }
 
-// The same for many          gate, up [count], in multiples of 8      arXiv 2002.05202
+// For whole rows          gate, up [count], in multiples of 8      arXiv 2002.05202
 // A thread for eight. Moves 6 bytes a value.
 __global__ void swiglu(bf16* gate, const bf16* up, size_t count) {
   const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
@@ -109,8 +108,8 @@ __global__ void swiglu(bf16* gate, const bf16* up, size_t count) {
 
 // ---- RoPE ---------------------------------------------------------------------------------------------------------
 
-// Cosine and sine of an fp32 angle of any size, to fp32: multiples of pi/2 are taken off in double precision, with pi/2
-// in two parts, and Taylor's series are right to 1e-11 on what is left. (The library's own use local memory.)
+// Cosine and sine of an fp32 angle of any size, right to fp32: a multiple of pi/2 is subtracted in double precision,
+// with pi/2 in two parts, and Taylor series are right to 1e-11 on the rest. (Those of CUDA's library use local memory.)
 DEVICE void cos_sin(float angle, float& c, float& s) {
   const double turns = rint(double(angle) * 0.63661977236758134308);
   const double r = fma(-turns, 6.123233995736766036e-17, fma(-turns, 1.5707963267948965580, double(angle))), r2 = r * r;
@@ -163,7 +162,8 @@ __global__ void rope(bf16* x, const float* cos, const float* sin, int n, int hea
 }
 
 // Puts rows of keys, rotated, and of values into slots [first, first + n) of a cache      k, v [n, g, e]
-// cache_k, cache_v [g, capacity, e]; cos, sin [n, e/2], null: k is as it should be. As `rope`; moves 8 n g e bytes.
+// cache_k, cache_v [g, capacity, e]; cos, sin [n, e/2], null: k is stored as it is. Threads as in `rope`; moves 8 n g e
+// bytes.
 __global__ void append(bf16* cache_k, bf16* cache_v, size_t capacity, size_t first, const bf16* k, const bf16* v,
                        const float* cos, const float* sin, int n, int heads, int e) {
   const int half = e / 2, groups = half / 8;
@@ -182,23 +182,25 @@ __global__ void append(bf16* cache_k, bf16* cache_v, size_t capacity, size_t fir
 }
 
 // ---- one row times a matrix ---------------------------------------------------------------------------------------
-// What a generated token's time goes into: every weight is read once, at the rate of memory.
+// A generated token spends its time here: every weight is read once, so memory bandwidth is the limit.
 
 constexpr int matvec_threads = 128;
 
-// The products of x [in] with pairs of weight rows, handed to `rows`, which says which rows make a pair (what is done
-// with the two sums then needs no other thread) and what becomes of them:
-//   pairs(), first(p), second(p)   how many pairs; the two rows of pair p, [in]
-//   done(p, a, b)                  called by one thread with the two sums
-// A warp a pair: each lane has eight 16-byte loads of weights under way. in in multiples of 8. Moves 4 in bytes a pair;
-// x comes out of L1.
+// Dot products of x [in] with pairs of weight rows. The functor `rows` picks the two rows of a pair and consumes their
+// dot products, so that RoPE or SwiGLU needs no other thread:
+//   pairs(), first(p), second(p)   the number of pairs; the two rows of pair p, [in]
+//   done(p, a, b)                  called by one thread with the two dot products
+// A warp a pair. A lane has 12 loads of 16 bytes in flight, eight of weights and four of x: the bandwidth of an H100
+// times its latency is about 32 KiB a multiprocessor. The launch bounds say one block a multiprocessor, which lets the
+// compiler use the registers for that; without, it moves each load down to its use. in in multiples of 8. Moves 4 in
+// bytes a pair; x comes out of L1.
 template <class Rows>
-__global__ void __launch_bounds__(matvec_threads) matvec(const bf16* x, int in, Rows rows) {
+__global__ void __launch_bounds__(matvec_threads, 1) matvec(const bf16* x, int in, Rows rows) {
   const int p = int(blockIdx.x) * (matvec_threads / warp_size) + int(threadIdx.x) / warp_size;
   const int lane = int(threadIdx.x) % warp_size;
   if (p >= rows.pairs()) return;
   const bf16 *first = rows.first(p), *second = rows.second(p);
-  constexpr int step = warp_size * 8, deep = 4;
+  constexpr int step = warp_size * 8, unroll = 4;
   float a = 0, b = 0;
   auto add = [&](uint4 w0, uint4 w1, uint4 v) {
     float f[8], s[8], y[8];
@@ -207,16 +209,16 @@ __global__ void __launch_bounds__(matvec_threads) matvec(const bf16* x, int in, 
     for (int j = 0; j < 8; ++j) a += f[j] * y[j], b += s[j] * y[j];
   };
   int i = lane * 8;
-  for (; i + (deep - 1) * step < in; i += deep * step) {
-    uint4 w0[deep], w1[deep], v[deep];
+  for (; i + (unroll - 1) * step < in; i += unroll * step) {
+    uint4 w0[unroll], w1[unroll], v[unroll];
 #pragma unroll
-    for (int u = 0; u < deep; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       w0[u] = load_16_once(first + i + u * step);
       w1[u] = load_16_once(second + i + u * step);
       v[u] = load_16(x + i + u * step);
     }
 #pragma unroll
-    for (int u = 0; u < deep; ++u) add(w0[u], w1[u], v[u]);
+    for (int u = 0; u < unroll; ++u) add(w0[u], w1[u], v[u]);
   }
   for (; i < in; i += step) add(load_16_once(first + i), load_16_once(second + i), load_16(x + i));
   a = warp_sum(a), b = warp_sum(b);
@@ -243,8 +245,8 @@ struct Product {
   }
 };
 
-// Queries: q [h, e] = rope(w x)          w [h e, in]; cos, sin [e/2]. A pair is what RoPE turns.
-struct Queries {
+// Queries: q [h, e] = rope(w x)          w [h e, in]; cos, sin [e/2]. A pair is what RoPE rotates.
+struct ProjectQ {
   bf16* q;
   const bf16* w;
   const float *cos, *sin;
@@ -261,7 +263,7 @@ struct Queries {
 };
 
 // Keys, rotated, and values into slot *begin + ahead of a cache          wk, wv [g e, in]; cos, sin [e/2]
-struct KeysValues {
+struct ProjectKV {
   bf16 *cache_k, *cache_v;  // [g, capacity, e]
   size_t capacity;
   const uint32_t* begin;
@@ -290,7 +292,7 @@ struct KeysValues {
 };
 
 // y [f] = silu(gate x) * (up x)          gate, up [f, in]. A pair is the same row of both.
-struct Gated {
+struct GateUp {
   bf16* y;
   const bf16 *gate, *up;
   int in, f;
@@ -300,40 +302,40 @@ struct Gated {
   DEVICE void done(int p, float a, float b) const { y[p] = round_bf16(silu(a) * b); }
 };
 
-// ---- the likeliest token ------------------------------------------------------------------------------------------
+// ---- the most likely token ------------------------------------------------------------------------------------------
 
 struct Best {
   float value;
   int index;  // -1: a NaN was seen
 };
-// The larger value, of equals the lower index; a NaN beats all. In whatever order this is applied, the result is one.
+// The larger value, of equals the lower index; a NaN wins over all. The result is the same in any order.
 DEVICE Best better(Best a, Best b) {
   if (a.index < 0 || b.index < 0) return {0, -1};
   return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
 }
-// Over the block; thread 0 has it. Shared memory: a Best a warp. Whole block.
+// The best of the block, in thread 0. Shared memory: a Best a warp. Whole block.
 DEVICE Best block_best(Best v) {
-  Best* parts = shared_memory<Best>();
+  Best* of_warp = shared_memory<Best>();
 #pragma unroll
   for (int mask = warp_size / 2; mask > 0; mask /= 2)
     v = better(v, {shuffle_xor(v.value, mask), shuffle_xor(v.index, mask)});
-  if (threadIdx.x % warp_size == 0) parts[threadIdx.x / warp_size] = v;
+  if (threadIdx.x % warp_size == 0) of_warp[threadIdx.x / warp_size] = v;
   sync_threads();
-  for (unsigned w = 0; threadIdx.x == 0 && w < blockDim.x / warp_size; ++w) v = better(v, parts[w]);
+  for (unsigned w = 0; threadIdx.x == 0 && w < blockDim.x / warp_size; ++w) v = better(v, of_warp[w]);
   return v;
 }
 
 // Each block's best of its part of the logits [vocab].
-__global__ void arg_max_parts(Best* parts, const float* logits, int vocab) {
+__global__ void arg_max_partial(Best* partials, const float* logits, int vocab) {
   Best best = {-INFINITY, vocab};
   for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < vocab; i += int(gridDim.x * blockDim.x))
     best = better(best, {logits[i], logits[i] == logits[i] ? i : -1});
   best = block_best(best);
-  if (threadIdx.x == 0) parts[blockIdx.x] = best;
+  if (threadIdx.x == 0) partials[blockIdx.x] = best;
 }
-// *id = the best of the parts, a thread each.
-__global__ void arg_max_join(int* id, const Best* parts) {
-  const Best best = block_best(parts[threadIdx.x]);
+// *id = the best of partials, a thread each.
+__global__ void arg_max_combine(int* id, const Best* partials) {
+  const Best best = block_best(partials[threadIdx.x]);
   if (threadIdx.x == 0) *id = best.index;
 }
 
@@ -351,17 +353,18 @@ __global__ void random_weights(bf16* w, size_t count, uint32_t seed) {
   w[i].bits = uint16_t((x >> 63) << 15 | (0x3C00 + (x & 0xFF)));
 }
 
-// Reads count times 16 bytes, to measure how fast that can be; writes only where their sum is one it cannot be.
-__global__ void read_all(uint32_t* never, const uint4* p, size_t count) {
-  constexpr int deep = 8;
+// Reads count times 16 bytes, to measure the read bandwidth. The write can never happen; it keeps the compiler from
+// removing the reads.
+__global__ void __launch_bounds__(256, 1) read_all(uint32_t* never, const uint4* p, size_t count) {
+  constexpr int unroll = 8;
   const size_t stride = size_t(gridDim.x) * blockDim.x;
   uint32_t sum = 0;
-  for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += deep * stride) {
-    uint4 v[deep];
+  for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += unroll * stride) {
+    uint4 v[unroll];
 #pragma unroll
-    for (int u = 0; u < deep; ++u) v[u] = i + u * stride < count ? load_16(p + i + u * stride) : uint4{0, 0, 0, 0};
+    for (int u = 0; u < unroll; ++u) v[u] = i + u * stride < count ? load_16(p + i + u * stride) : uint4{0, 0, 0, 0};
 #pragma unroll
-    for (int u = 0; u < deep; ++u) sum |= v[u].x | v[u].y | v[u].z | v[u].w;
+    for (int u = 0; u < unroll; ++u) sum |= v[u].x | v[u].y | v[u].z | v[u].w;
   }
   if (sum == 0xFFFFFFFF) *never = sum;
 }

@@ -1,17 +1,20 @@
-// emulator.h - the other body of gpu/cuda.cuh: CUDA kernels on a CPU, for tests. Contracts stand in gpu/cuda.cuh.
+// emulator.h - the other body of gpu/cuda.cuh: CUDA kernels on a CPU, for tests. Contracts are in gpu/cuda.cuh.
 //
-// A block's threads are fibers (Boost.Context) on one thread of the host. They change places only inside the wrappers:
-// a thread that reaches a barrier, a shuffle or a tensor-core product waits until all that must come have come; the
-// last one computes for the warp. What no GPU would promise is an error with the kernel, the block, the threads and the
-// line: a barrier that some never reach, lanes of a warp at different lines, addresses outside the shared memory asked
-// for or outside device memory, 16-byte accesses that are not aligned, words written just outside an allocation.
+// A block's threads are fibers (Boost.Context) on one thread of the host. They switch only inside the wrappers: a
+// thread that reaches a barrier, a shuffle or a tensor-core product waits for the others; the last to arrive computes
+// for all. Undefined behaviour is an error with the kernel, the block, the threads and the line: a barrier that some
+// never reach, lanes of a warp at different lines, addresses outside the block's shared memory or outside device
+// memory, 16-byte accesses that are not aligned, words written just outside an allocation.
 //
-// A GPU may do things late and in any order. The adversarial mode does:
+// A GPU may do things late and in any order. The adversarial mode does, as late and as oddly as it is allowed:
 //   - copy_async_16 fills its destination with NaN and copies only in the copy_async_wait that must cover it;
+//   - copy_tile fills its destination with NaN and copies at some later moment, when threads change places;
+//   - warpgroup products fill their results with NaN and read their operands only in the products_wait that must cover
+//     them;
 //   - shared memory holds NaN when a block starts, and so does device memory that was just allocated;
 //   - blocks run in random order, lanes in either direction, and after every barrier one warp may be held back until
 //     the others can go no further;
-//   - work given to a stream runs only when somebody waits for it, and copies to the host leave NaN there until then.
+//   - work queued on a stream runs only when somebody waits for it, and copies to the host leave NaN there until then.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +23,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <source_location>
@@ -41,6 +45,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define DEVICE inline
+#define SPEED_HOPPER
 
 struct uint2 {
   unsigned x, y;
@@ -83,24 +88,31 @@ namespace emulator {
 struct Options {
   uint64_t seed = 1;
   bool adversarial = true;
+  int major = 8;  // compute capability; 9: a Hopper GPU
   int multiprocessors = 4;
-  size_t memory = size_t(2) << 30;         // bytes on the device
-  size_t shared_limit = size_t(99) << 10;  // bytes a block may have: the least of all GPUs from sm_80 on
+  size_t memory = size_t(2) << 30;  // bytes on the device
+  // Bytes of shared memory a block may have: 99 KiB is the least of all GPUs from sm_80 on, 227 KiB is Hopper's.
+  size_t shared_limit() const { return size_t(major == 9 ? 227 : 99) << 10; }
 };
 inline Options options;
 
-// A warp's operation that needs all lanes: `all` gets what each lane brought, and answers in it.
-void meet(const char* what, Where where, void* mine, void (*all)(void* const* of_lane));
+// An operation that all lanes of a warp execute together: `all` gets every lane's argument and writes the results
+// there.
+void warp_operation(const char* what, Where where, void* mine, void (*all)(void* const* of_lane));
 enum class Memory { shared, global, either };
 void check(const char* what, Memory memory, const void* p, size_t bytes, size_t alignment, Where where);
 void wait_for_groups(int but_latest);
 void copy_later(void* shared, const void* global, bool valid);
 void end_group();
 void* shared_memory();
+uint32_t shared_address(const void* p);
+void add_product(float* d, int n, const uint32_t* a_registers, uint64_t a, uint64_t b, bool add, Where where);
+void wait_for_products(int but_latest, Where where);
+void set_registers(int count, bool up, Where where);
 void run_grid(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Where where,
               const std::function<void()>& body);
 
-// Work given to a stream: `issue` happens at once, `run` when somebody waits.
+// Work queued on a stream: `issue` happens at once, `run` when somebody waits.
 struct Operation {
   std::function<void()> issue, run;
 };
@@ -109,8 +121,8 @@ struct Queue {
   std::vector<Operation>* recording = nullptr;  // a graph's, while it is made
   Queue();
   ~Queue();
-  void give(Operation o);
-  void drain();  // carries out all that was given
+  void enqueue(Operation o);
+  void drain();  // runs all that is queued
 };
 
 }  // namespace emulator
@@ -125,7 +137,7 @@ T* shared_memory() {
 void sync_threads(Where where = Where::current());
 
 inline void sync_warp(Where where = Where::current()) {
-  emulator::meet("sync_warp", where, nullptr, [](void* const*) {});
+  emulator::warp_operation("sync_warp", where, nullptr, [](void* const*) {});
 }
 
 template <class T>
@@ -135,7 +147,7 @@ T shuffle(T v, int lane, Where where = Where::current()) {
     T v, result;
     int lane;
   } mine{v, v, lane & 31};
-  emulator::meet("shuffle", where, &mine, [](void* const* of_lane) {
+  emulator::warp_operation("shuffle", where, &mine, [](void* const* of_lane) {
     for (int i = 0; i < 32; ++i) {
       Mine& m = *static_cast<Mine*>(of_lane[i]);
       m.result = static_cast<Mine*>(of_lane[m.lane])->v;
@@ -164,6 +176,10 @@ inline void store_16(void* p, uint4 v, Where where = Where::current()) {
   emulator::check("store_16", emulator::Memory::either, p, 16, 16, where);
   *static_cast<uint4*>(p) = v;
 }
+inline void store_4(void* p, uint32_t v, Where where = Where::current()) {
+  emulator::check("store_4", emulator::Memory::either, p, 4, 4, where);
+  std::memcpy(p, &v, 4);
+}
 inline uint4 load_16_once(const void* p, Where where = Where::current()) {
   emulator::check("load_16_once", emulator::Memory::global, p, 16, 16, where);
   return *static_cast<const uint4*>(p);
@@ -179,6 +195,62 @@ template <int N>
 void copy_async_wait() {
   emulator::wait_for_groups(N);
 }
+
+// ---- Hopper --------------------------------------------------------------------------------------------------------
+
+inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+
+struct alignas(8) Barrier {
+  uint64_t word;
+};
+void barrier_init(Barrier* b, int arrivals, Where where = Where::current());
+void barriers_ready();
+void barrier_expect(Barrier* b, int bytes, Where where = Where::current());
+void barrier_arrive(Barrier* b, Where where = Where::current());
+void barrier_wait(Barrier* b, int parity, Where where = Where::current());
+
+struct TensorMap {
+  const bf16* base;
+  size_t rows, heads, row_pitch, head_pitch;  // pitches in values
+  int e;
+};
+TensorMap tensor_map(const bf16* base, size_t rows, size_t heads, size_t row_pitch, size_t head_pitch, int e,
+                     Where where = Where::current());
+void copy_tile(void* shared, const TensorMap& map, Barrier* b, int row, int head, Where where = Where::current());
+
+struct Products {
+  Where where;
+  Products(Where where = Where::current());
+  ~Products() noexcept(false);
+};
+template <int N>
+void products_wait(Where where = Where::current()) {
+  emulator::wait_for_products(N, where);
+}
+template <int N>
+void settled(float (&)[N]) {}
+template <int N>
+void warpgroup_product(float (&d)[N / 2], uint64_t a, uint64_t b, bool add, Where where = Where::current()) {
+  emulator::add_product(d, N, nullptr, a, b, add, where);
+}
+template <int N>
+void warpgroup_product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, Where where = Where::current()) {
+  emulator::add_product(d, N, a, 0, b, true, where);
+}
+
+template <int R>
+void registers_up(Where where = Where::current()) {
+  static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+  emulator::set_registers(R, true, where);
+}
+template <int R>
+void registers_down(Where where = Where::current()) {
+  static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+  emulator::set_registers(R, false, where);
+}
+
+void named_barrier_wait(int id, int threads, Where where = Where::current());
+void named_barrier_arrive(int id, int threads, Where where = Where::current());
 
 // ---- bf16, tensor cores -------------------------------------------------------------------------------------------
 
@@ -249,7 +321,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, La
     emulator::run_grid(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, where,
                        [&] { std::apply(kernel, given); });
   };
-  s.stream.queue().give({nullptr, run});
+  s.stream.queue().enqueue({nullptr, run});
 }
 
 class Graph {
@@ -266,7 +338,7 @@ class Graph {
   }
   explicit operator bool() const { return !work_.empty(); }
   void run(const Stream& s, Where = Where::current()) const {
-    for (const emulator::Operation& o : work_) s.queue().give(o);
+    for (const emulator::Operation& o : work_) s.queue().enqueue(o);
   }
 
  private:
@@ -279,7 +351,7 @@ class Event {
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   void record(const Stream& s, Where = Where::current()) {
-    s.queue().give({nullptr, [t = time_] { *t = std::chrono::steady_clock::now(); }});
+    s.queue().enqueue({nullptr, [t = time_] { *t = std::chrono::steady_clock::now(); }});
   }
   double seconds_since(const Event& start, Where = Where::current()) const {
     return std::chrono::duration<double>(*time_ - *start.time_).count();

@@ -17,6 +17,18 @@ void under_seeds(uint64_t seeds, Work work) {
 #endif
 }
 
+// Does `work` on a Hopper GPU: in the emulator, which can be one; on another GPU not at all.
+template <class Work>
+void on_hopper(Work work) {
+#ifdef SPEED_EMULATOR
+  struct Back {
+    ~Back() { emulator::options.major = 8; }
+  } back;
+  emulator::options.major = 9;
+#endif
+  if (open_device().major == 9) work();
+}
+
 // The seed of a test's random inputs; SPEED_TEST_SEED, a number, makes them fresh ones.
 inline uint64_t fresh(uint64_t seed) {
   const char* more = std::getenv("SPEED_TEST_SEED");

@@ -33,6 +33,16 @@ std::vector<T> run(void (*kernel)(T*, P...), size_t n, dim3 grid, size_t shared,
   return y.read();
 }
 
+// The same, where a fault may also end in an error: then no answer.
+template <class T, class... P, class... A>
+std::vector<T> run_or_nothing(void (*kernel)(T*, P...), size_t n, size_t shared, A... args) {
+  try {
+    return run(kernel, n, 1, shared, args...);
+  } catch (const Error&) {
+    return {};
+  }
+}
+
 std::string error_of(void (*kernel)(float*), dim3 block = threads, size_t shared = 4096, size_t bytes = 4096) {
   Stream s;
   OnDevice<float> y(s, bytes / sizeof(float));
@@ -175,6 +185,205 @@ __global__ void block_zero_first(int* y) {
 }
 
 __global__ void uninitialised(float* y) { y[threadIdx.x] = shared_memory<float>()[threadIdx.x]; }
+
+// ---- Hopper ----
+
+constexpr int tile_values = 128 * 64;
+
+// The start of shared memory, moved to a multiple of 1024 bytes.
+template <class T>
+T* aligned_shared() {
+  unsigned char* p = shared_memory<unsigned char>();
+  return reinterpret_cast<T*>(p + (0u - shared_address(p)) % 1024);
+}
+constexpr size_t hopper_bytes = 4 * tile_values * sizeof(bf16) + 64 + 1024;
+
+template <int E>
+struct Tiles {
+  bf16 tile[2][128 * E];
+  Barrier full, other;
+};
+
+// A tile of a tensor as it lies in shared memory
+template <int E, bool waits = true, int missing = 0>
+__global__ void tile_of(bf16* y, const TensorMap x, int row, int head) {
+  auto& shared = *aligned_shared<Tiles<E>>();
+  if (threadIdx.x == 0) {
+    barrier_init(&shared.full, 1);
+    barriers_ready();
+  }
+  sync_threads();
+  if (threadIdx.x == 0) {
+    barrier_expect(&shared.full, 128 * E * int(sizeof(bf16)) + missing);
+    copy_tile(shared.tile[0], x, &shared.full, row, head);
+  }
+  if (waits) barrier_wait(&shared.full, 0);
+  for (int i = int(threadIdx.x); i < 128 * E; i += threads) y[i] = shared.tile[0][i];
+  if (!waits) barrier_wait(&shared.full, 0);
+}
+
+// Five rounds through one barrier: thread 0 writes what the others read, who then let it go on.
+template <bool right_parity, bool released>
+__global__ void five_phases(int* y) {
+  struct Shared {
+    int value;
+    Barrier full, empty;
+  };
+  auto& shared = *aligned_shared<Shared>();
+  if (threadIdx.x == 0) {
+    barrier_init(&shared.full, 1);
+    barrier_init(&shared.empty, threads - 32);
+    barriers_ready();
+  }
+  sync_threads();
+  for (int i = 0; i < 5; ++i) {
+    if (threadIdx.x == 0) {
+      if (released) barrier_wait(&shared.empty, i % 2 ^ 1);
+      shared.value = 10 * i;
+      barrier_arrive(&shared.full);
+    } else if (threadIdx.x >= 32) {
+      barrier_wait(&shared.full, right_parity ? i % 2 : i % 2 ^ 1);
+      y[i * threads + int(threadIdx.x)] = shared.value;
+      barrier_arrive(&shared.empty);
+    }
+  }
+}
+
+// Products of a warpgroup, every element where the ISA says it lies. d [64, N] (+)= A B, all whole numbers.
+//   Shared memory: two tiles of 64 columns for A, two for B. Descriptors are the host's, less the tiles' address.
+template <int N, bool registers, bool waits = true, bool batched = true>
+__global__ void group_product(float* d, const bf16* memory, const bf16* a, uint64_t at_a, uint64_t at_b, bool add) {
+  bf16* shared = aligned_shared<bf16>();
+  for (int i = int(threadIdx.x); i < 4 * tile_values; i += threads) shared[i] = memory[i];
+  sync_threads();
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  float part[N / 2];
+  auto place = [&](int i) { return (warp * 16 + lane / 4 + i / 2 % 2 * 8) * N + i / 4 * 8 + lane % 4 * 2 + i % 2; };
+  for (int i = 0; i < N / 2; ++i) part[i] = d[place(i)];
+  uint32_t fa[4];
+  for (int i = 0; i < 4; ++i) {
+    const Place low = place_a(lane, 2 * i), high = place_a(lane, 2 * i + 1);
+    fa[i] = uint32_t(a[(warp * 16 + high.row) * 16 + high.column].bits) << 16 |
+            a[(warp * 16 + low.row) * 16 + low.column].bits;
+  }
+  const uint64_t start = shared_address(shared) >> 4;
+  auto multiply = [&] {
+    if constexpr (registers) warpgroup_product<N>(part, fa, at_b + start);
+    else warpgroup_product<N>(part, at_a + start, at_b + start, add);
+  };
+  if constexpr (batched) {
+    Products batch;
+    multiply();
+  } else {
+    multiply();
+  }
+  if (waits) products_wait<0>();
+  settled(part);
+  for (int i = 0; i < N / 2; ++i) d[place(i)] = part[i];
+  if (!waits) products_wait<0>();
+}
+
+// Two batches under way: after wait<1> the first is there, the second is not.
+__global__ void two_batches(float* y) {
+  bf16* shared = aligned_shared<bf16>();
+  for (int i = int(threadIdx.x); i < 2 * tile_values; i += threads) shared[i] = round_bf16(1.0f);
+  sync_threads();
+  const uint64_t at = shared_address(shared) >> 4 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  float first[64] = {}, second[64] = {};
+  {
+    Products batch;
+    warpgroup_product<128>(first, at, at, false);
+    warpgroup_product<128>(first, at, at, true);
+  }
+  {
+    Products batch;
+    warpgroup_product<128>(second, at, at, false);
+  }
+  products_wait<1>();
+  y[threadIdx.x] = first[63], y[threads + threadIdx.x] = second[63];
+  products_wait<0>();
+  y[2 * threads + threadIdx.x] = second[63];
+}
+
+// Two warpgroups increment one word by turns; what each finds there shows the order.
+template <bool turns>
+__global__ void by_turns(int* y) {
+  int* word = aligned_shared<int>();
+  const int group = int(threadIdx.x) / 128;
+  if (threadIdx.x == 0) *word = 0;
+  sync_threads();
+  if (turns && group == 1) named_barrier_arrive(1, 256);
+  for (int i = 0; i < 4; ++i) {
+    if (turns) named_barrier_wait(1 + group, 256);
+    if (threadIdx.x % 128 == 0) y[group * 4 + i] = (*word)++;
+    if (turns) named_barrier_arrive(2 - group, 256);
+  }
+  if (turns && group == 0) named_barrier_wait(1, 256);
+}
+
+__global__ void waits_for_nobody(float*) {
+  auto& shared = *aligned_shared<Tiles<64>>();
+  if (threadIdx.x == 0) barrier_init(&shared.full, 1), barriers_ready();
+  sync_threads();
+  barrier_wait(&shared.full, 0);
+}
+__global__ void waits_without_init(float*) { barrier_wait(&aligned_shared<Tiles<64>>()->full, 0); }
+__global__ void no_fence(float*) {
+  auto& shared = *aligned_shared<Tiles<64>>();
+  if (threadIdx.x == 0) barrier_init(&shared.full, threads);
+  sync_threads();
+  barrier_arrive(&shared.full);
+}
+__global__ void too_many_arrive(float*) {
+  auto& shared = *aligned_shared<Tiles<64>>();
+  if (threadIdx.x > 0) return;
+  barrier_init(&shared.full, 2), barriers_ready();
+  barrier_expect(&shared.full, 64);
+  for (int i = 0; i < 2; ++i) barrier_arrive(&shared.full);
+}
+__global__ void tile_unaligned(float* y) {
+  auto& shared = *aligned_shared<Tiles<64>>();
+  if (threadIdx.x > 0) return;
+  barrier_init(&shared.full, 1), barriers_ready();
+  copy_tile(shared.tile[0] + 64, TensorMap{reinterpret_cast<bf16*>(y), 1, 1, 64, 64, 64}, &shared.full, 0, 0);
+}
+__global__ void tile_past_device(float* y) {
+  auto& shared = *aligned_shared<Tiles<64>>();
+  if (threadIdx.x > 0) return;
+  barrier_init(&shared.full, 1), barriers_ready();
+  copy_tile(shared.tile[0], TensorMap{reinterpret_cast<bf16*>(y), 2049, 1, 64, 64, 64}, &shared.full, 2040, 0);
+}
+__global__ void tile_left_behind(float* y) {
+  auto& shared = *aligned_shared<Tiles<64>>();
+  if (threadIdx.x > 0) return;
+  barrier_init(&shared.full, 1), barriers_ready();
+  barrier_expect(&shared.full, 128 * 64 * 2);
+  copy_tile(shared.tile[0], TensorMap{reinterpret_cast<bf16*>(y), 8, 1, 64, 64, 64}, &shared.full, 0, 0);
+}
+__global__ void product_left_behind(float*) {
+  const uint64_t at = shared_address(aligned_shared<bf16>()) >> 4 | uint64_t(1) << 62;
+  float d[64] = {};
+  Products batch;
+  warpgroup_product<128>(d, at, at, false);
+}
+__global__ void half_a_warpgroup(float*) {
+  if (threadIdx.x < 64) products_wait<0>();
+}
+__global__ void different_operands(float*) {
+  const uint64_t at = (shared_address(aligned_shared<bf16>()) >> 4) + threadIdx.x / 32 | uint64_t(1) << 62;
+  float d[64] = {};
+  Products batch;
+  warpgroup_product<128>(d, at, at, false);
+}
+__global__ void too_many_registers(float*) {
+  if (threadIdx.x < 128) registers_down<24>();
+  else registers_up<248>();
+}
+__global__ void registers_the_wrong_way(float*) { registers_up<160>(); }
+__global__ void arrival_left_over(float*) {
+  if (threadIdx.x < 128) named_barrier_arrive(3, 256);
+}
+__global__ void barriers_disagree(float*) { named_barrier_arrive(3, threadIdx.x < 32 ? 256 : 128); }
 
 // ---- what no GPU promises ----
 
@@ -335,8 +544,8 @@ TEST_CASE("what no GPU promises is an error that names it", "[emulator]") {
                                             Contains("no thread can go on: 64 threads at sync_threads") &&
                                             Contains("64 threads returned (the first is thread 64)"));
   CHECK_THAT(error_of(two_barriers), Contains("at the sync_threads of test_emulator.cpp:"));
-  CHECK_THAT(error_of(half_a_warp), Contains("not all lanes of a warp come to one operation"));
-  CHECK_THAT(error_of(half_at_a_barrier), Contains("not all lanes of a warp come to one operation"));
+  CHECK_THAT(error_of(half_a_warp), Contains("not all lanes of a warp reach one operation"));
+  CHECK_THAT(error_of(half_at_a_barrier), Contains("not all lanes of a warp reach one operation"));
   CHECK_THAT(error_of(two_shuffles), Contains("lanes of a warp part"));
   CHECK_THAT(error_of(half_a_product), Contains("not all lanes") && Contains("31 threads at mma_m16n8k16"));
   CHECK_THAT(error_of(copies_past_shared), Contains("not within the 4096 bytes of shared memory"));
@@ -353,6 +562,158 @@ TEST_CASE("what no GPU promises is an error that names it", "[emulator]") {
   CHECK_THAT(error_of(nothing, dim3(32, 2)), Contains("a block of 64 threads"));
   CHECK_THAT(error_of(nothing, 32, 200000), Contains("200000 bytes of shared memory"));
   CHECK(error_of(good) == "");  // and a fault leaves nothing behind
+}
+
+namespace {
+
+// As a Hopper GPU, whose blocks may have 227 KiB of shared memory.
+struct Hopper {
+  Hopper() { emulator::options.major = 9; }
+  ~Hopper() { emulator::options.major = 8; }
+};
+
+// The address of a value of a tile of 64 columns, as the copy engine lays it out (CUDA programming guide, "Swizzle
+// modes"): 16-byte pieces of row r are exchanged by r % 8.
+int swizzled_at(int row, int column) { return row * 64 + ((column / 8 ^ row % 8) * 8 + column % 8); }
+
+template <int E>
+void tile_case() {
+  const int rows = 150, heads = 3;
+  std::vector<bf16> x(size_t(rows + 2) * heads * E);
+  for (size_t i = 0; i < x.size(); ++i) x[i].bits = uint16_t(i % 32000);
+  Stream s;
+  OnDevice<bf16> dx(s, x);
+  // Heads inside rows, as queries lie, and rows inside heads, as the cache does
+  for (bool inside : {true, false}) {
+    const size_t row_pitch = inside ? heads * E : E, head_pitch = inside ? E : (rows + 2) * E;
+    for (int first : {0, 22, 23, 149, 150})
+      for (int head : {0, 2}) {
+        std::vector<bf16> right(128 * E);
+        for (int r = 0; r < 128; ++r)
+          for (int c = 0; c < E; ++c)
+            right[c / 64 * tile_values + swizzled_at(r, c % 64)] =
+                first + r < rows ? x[(first + r) * row_pitch + head * head_pitch + c] : bf16{};
+        const TensorMap map = tensor_map(dx.get(), rows, heads, row_pitch, head_pitch, E);
+        CHECK(wrong_answers(right, [&] { return run(tile_of<E>, 128 * E, 1, hopper_bytes, map, first, head); }) == 0);
+        if (first == 22)
+          CHECK(wrong_answers(right, [&] {
+                  return run(tile_of<E, false>, 128 * E, 1, hopper_bytes, map, first, head);
+                }) == seeds);
+      }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("copies of tiles: layout, edges, and who waits", "[emulator][hopper]") {
+  Hopper hopper;
+  tile_case<64>();
+  Stream s;
+  OnDevice<bf16> x(s, 1024);
+  const TensorMap map = tensor_map(x.get(), 8, 1, 64, 64, 64);
+  CHECK_THROWS_WITH(run(tile_of<64, true, 16>, 1, 1, hopper_bytes, map, 0, 0),
+                    Contains("no thread can go on") && Contains("at barrier_wait, test_emulator.cpp"));
+  CHECK_THROWS_WITH(run(tile_of<64, true, -16>, 1, 1, hopper_bytes, map, 0, 0), Contains("no thread can go on"));
+  CHECK_THROWS_WITH(tensor_map(x.get() + 1, 8, 1, 64, 64, 64), Contains("not a multiple of 16"));
+  CHECK_THROWS_WITH(tensor_map(x.get(), 0, 1, 64, 64, 64), Contains("empty"));
+  CHECK_THROWS_WITH(tensor_map(x.get(), 8, 1, 60, 64, 64), Contains("a pitch"));
+  CHECK_THROWS_WITH(tensor_map(x.get(), 8, 1, 64, 64, 32), Contains("64 or 128"));
+}
+
+TEST_CASE("copies of tiles of 128 columns", "[emulator][hopper]") {
+  Hopper hopper;
+  tile_case<128>();
+}
+
+TEST_CASE("barriers in shared memory: phases, and what breaks them", "[emulator][hopper]") {
+  std::vector<int> right(5 * threads, -1);
+  for (int i = 0; i < 5; ++i)
+    for (int t = 32; t < threads; ++t) right[i * threads + t] = 10 * i;
+  CHECK(wrong_answers(right, [] { return run(five_phases<true, true>, 5 * threads, 1, 2048); }) == 0);
+  CHECK(wrong_answers(right, [] { return run_or_nothing(five_phases<true, false>, 5 * threads, 2048); }) > 0);
+  CHECK(wrong_answers(right, [] { return run_or_nothing(five_phases<false, true>, 5 * threads, 2048); }) > 0);
+}
+
+TEST_CASE("warpgroup products equal plain ones, late", "[emulator][hopper]") {
+  Hopper hopper;
+  Random random(5);
+  auto whole = [&](size_t n) {
+    std::vector<bf16> v(n);
+    for (bf16& x : v) x = round_bf16(std::round(3 * random.normal(1)[0]));
+    return v;
+  };
+  const auto memory = whole(4 * tile_values), a_registers = whole(64 * 16);
+  Stream s;
+  OnDevice<bf16> dm(s, memory), da(s, a_registers);
+  // Tile `t` of the four, as a matrix [128, 64] whose value (r, c) lies where the copy engine puts it
+  auto value = [&](int t, int r, int c) { return to_float(memory[t * tile_values + swizzled_at(r, c)]); };
+  const uint64_t layout = uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  auto offset = [&](int tile, int row, int column) {
+    return uint64_t(tile * tile_values + row * 64 + column) * 2 >> 4;
+  };
+  auto check = [&](auto kernel, int n, bool registers, int step, int row, bool add) {
+    std::vector<float> start(64 * n), right;
+    for (float& x : start) x = std::round(9 * random.normal(1)[0]);
+    right = add ? start : std::vector<float>(64 * n);
+    for (int r = 0; r < 64; ++r)
+      for (int c = 0; c < n; ++c)
+        for (int k = 0; k < 16; ++k)
+          right[r * n + c] += registers ? to_float(a_registers[r * 16 + k]) * value(2 + c / 64, step * 16 + k, c % 64)
+                                        : value(0, row + r, step * 16 + k) * value(2, c, step * 16 + k);
+    OnDevice<float> d(s, start);
+    const uint64_t at_a = layout | offset(0, row, step * 16);
+    const uint64_t at_b = registers ? layout | uint64_t(tile_values * 2 >> 4) << 16 | offset(2, step * 16, 0)
+                                    : layout | offset(2, 0, step * 16);
+    launch(kernel, 1, threads, hopper_bytes, s, d.get(), dm.get(), da.get(), at_a, at_b, add);
+    const auto got = d.read();
+    return std::pair(same_bits(got, right), std::isnan(got[0]));
+  };
+  for (int step = 0; step < 4; ++step)
+    for (bool add : {false, true}) {
+      CHECK(check(group_product<128, false>, 128, false, step, step % 2 * 64, add).first);
+      CHECK(check(group_product<128, true>, 128, true, 2 * step + add, 0, true).first);
+      CHECK(check(group_product<64, true>, 64, true, 2 * step + add, 0, true).first);
+    }
+  CHECK(check(group_product<128, false, false>, 128, false, 0, 0, true).second);  // used before the wait: NaN
+  CHECK(check(group_product<64, true, false>, 64, true, 0, 0, true).second);
+  CHECK_THROWS_WITH(check(group_product<128, false, true, false>, 128, false, 0, 0, true), Contains("not in a batch"));
+
+  const auto y = run(two_batches, 3 * threads, 1, hopper_bytes);
+  CHECK(y[5] == 32);
+  CHECK(std::isnan(y[threads + 5]));
+  CHECK(y[2 * threads + 5] == 16);
+}
+
+TEST_CASE("named barriers: two warpgroups by turns", "[emulator][hopper]") {
+  auto order = [](auto kernel) {
+    Stream s;
+    OnDevice<int> y(s, 8);
+    launch(kernel, 1, 256, 2048, s, y.get());
+    return y.read();
+  };
+  const std::vector<int> right = {0, 2, 4, 6, 1, 3, 5, 7};
+  CHECK(wrong_answers(right, [&] { return order(by_turns<true>); }) == 0);
+  CHECK(wrong_answers(right, [&] { return order(by_turns<false>); }) > 0);
+}
+
+TEST_CASE("what no Hopper GPU promises is an error that names it", "[emulator][hopper]") {
+  Hopper hopper;
+  auto error = [](auto kernel, dim3 block = threads) { return error_of(kernel, block, hopper_bytes, 262144); };
+  CHECK_THAT(error(waits_for_nobody), Contains("no thread can go on: 128 threads at barrier_wait"));
+  CHECK_THAT(error(waits_without_init), Contains("barrier_wait at") && Contains("not ready"));
+  CHECK_THAT(error(no_fence), Contains("barrier_arrive at") && Contains("not ready"));
+  CHECK_THAT(error(too_many_arrive), Contains("more arrivals than the 2 of the phase"));
+  CHECK_THAT(error(tile_unaligned), Contains("copy_tile at") && Contains("not aligned to 1024"));
+  CHECK_THAT(error(tile_past_device), Contains("copy_tile at") && Contains("not within device memory"));
+  CHECK_THAT(error(tile_left_behind), Contains("a copy_tile that nobody waited for"));
+  CHECK_THAT(error(product_left_behind), Contains("products that nobody waited for"));
+  CHECK_THAT(error(half_a_warpgroup), Contains("no thread can go on: 64 threads at products_wait"));
+  CHECK_THAT(error(different_operands), Contains("threads name different operands"));
+  CHECK_THAT(error(too_many_registers, 384), Contains("66560 registers wanted, of 65536"));
+  CHECK_THAT(error(registers_the_wrong_way), Contains("from 512 to 160 is the other way"));
+  CHECK_THAT(error(arrival_left_over, 256), Contains("arrivals at the named barrier 3"));
+  CHECK_THAT(error(barriers_disagree, 256), Contains("where others said"));
+  CHECK(error(good) == "");
 }
 
 TEST_CASE("streams are late, graphs repeat", "[emulator]") {
@@ -389,7 +750,7 @@ TEST_CASE("streams are late, graphs repeat", "[emulator]") {
   CHECK_THROWS_WITH(Graph(s, [&] { device_allocate(16); }), Contains("while a graph is recorded"));
   copy_to_device(y.get() + 1, source.data(), threads * 4, s);
   CHECK_THROWS_WITH(synchronize(s), Contains("copy_to_device (test_emulator.cpp:") && Contains("not in device memory"));
-  CHECK_THROWS_WITH(device_allocate(size_t(1) << 40), Contains("1048576 MiB asked for"));
+  CHECK_THROWS_WITH(device_allocate(size_t(1) << 40), Contains("1048576 MiB needed"));
 }
 
 TEST_CASE("small operations of the emulator", "[emulator]") {

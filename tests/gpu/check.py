@@ -1,12 +1,13 @@
 """The checks that need a GPU, in one command: `make gpu-check` builds, runs them, and writes docs/gpu/check.{json,md}.
 
-    check.py [--out FOLDER] [--only STEP,...] [--seed N] [--device cpu]
+    check.py [--minutes N] [--out FOLDER] [--only STEP,...] [--seed N] [--device cpu]
 
 Environment: SPEED is the program (default ./speed), TESTS is tests/test_gpu.cpp built by nvcc (default
 build-gpu/tests), SPEED_MODEL is the exported SmolLM2. Needs an NVIDIA GPU. The comparison with Hugging Face also needs
 torch and transformers; the memory checks need compute-sanitizer. A step that the machine cannot do is skipped, and the
-report says so. If a step fails, the others still run, and the exit status is 1. Takes less than eight minutes.
---device cpu tests this script on a machine without a GPU.
+report says so. If a step fails, the others still run, and the exit status is 1. A step starts only if the seconds it
+needs are left of the minutes (8). The report is written after each step. --device cpu tests this script on a machine
+without a GPU. With SPEED and TESTS given, `make gpu-check` builds nothing.
 
 Steps
   kernels    every kernel against cpu/reference.h, on new random inputs, outputs filled with NaN; whole models and laws
@@ -16,7 +17,8 @@ Steps
   hf         logits under every policy, compared with Hugging Face in fp32 on this GPU: the KL divergence, and how many
              rows have another most likely token. Neither may be larger than Hugging Face's own in bf16. (Two standard
              deviations are allowed for the number of rows.)
-  sanitizer  memcheck, racecheck, synccheck and initcheck on the kernels, the small model and one with heads of 128
+  sanitizer  memcheck, racecheck, synccheck and initcheck on the kernels, the small model and one with heads of 128.
+             Only our own kernels are watched: of cuBLAS's the tools report errors that are none
 """
 
 import argparse
@@ -37,8 +39,8 @@ from places import ROOT, SMOLLM2, SPEED
 TESTS = os.environ.get("TESTS", str(ROOT / "build-gpu" / "tests"))
 SMALL = ROOT / "models" / "small.safetensors"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-MINUTES = 8  # for all steps together; the memory checks are last and slowest, and use the time that remains
-STEPS = ("kernels", "repeat", "laws", "hf", "sanitizer")
+# In this order, each with the seconds it needs at least; the memory checks, which take longest, get what is left.
+STEPS = {"kernels": 20, "repeat": 15, "laws": 20, "hf": 40, "sanitizer": 20}
 QUESTION = "Feta is a barber. Pale has a lamp. Kara has a book. The code word is resane. What is Feta?"
 
 # Three shapes. A small model with heads of 128, and four query heads for each KV head as in Llama-3.1-8B. One with
@@ -86,6 +88,10 @@ class Skip(Exception):
 
 class Failed(Exception):
     pass
+
+
+def seconds_left(args):
+    return args.began + args.minutes * 60 - time.time()
 
 
 def run(*command, timeout=240, **more):
@@ -229,6 +235,7 @@ def hf(report, args, work):
         raise Skip("torch sees no GPU")
     torch.backends.cuda.matmul.allow_tf32 = False
     report["torch"], report["cases"], bad = torch.__version__, [], []
+    # The last one, two layers of Llama-3.1-8B's size, is made only when it is its turn: 20 s and 2 GB.
     for model, count, split in (
         (SMALL, 400, 100),
         (SMOLLM2, 1000, 400),
@@ -236,6 +243,10 @@ def hf(report, args, work):
         (work["swiftkv"], 600, 200),
         (work["llama"], 600, 200),
     ):
+        if seconds_left(args) < 20:
+            name = getattr(model, "name", "llama-3.1-8b-layers")
+            report["cases"].append({"model": name, "skipped": f"the {args.minutes:g} minutes are over"})
+            continue
         if callable(model):
             model = model()
         if not model.exists():
@@ -303,12 +314,13 @@ def sanitizer(report, args, work):
     report["tools"], bad = {}, []
     for name in TOOLS:
         for target, command in targets.items():
-            left = args.began + MINUTES * 60 - time.time()
+            left = seconds_left(args)
             if left < 5:
-                report["tools"][f"{name} {target}"] = f"skipped: the {MINUTES} minutes are over"
+                report["tools"][f"{name} {target}"] = f"skipped: the {args.minutes:g} minutes are over"
                 continue
             try:
-                out, code = run(tool, "--tool", name, "--error-exitcode", 99, *command, timeout=min(90, left))
+                watch = [tool, "--tool", name, "--kernel-regex", "kns=5speed", "--error-exitcode", 99]
+                out, code = run(*watch, *command, timeout=min(90, left))
             except Failed as error:
                 report["tools"][f"{name} {target}"] = f"skipped: {error}"
                 continue
@@ -392,6 +404,7 @@ def markdown(record):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=8, help="for all steps together")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu")
     parser.add_argument("--only", default=",".join(STEPS), help="steps, as kernels,hf")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -420,6 +433,8 @@ def main():
                 continue
             report, start = {}, time.time()
             try:
+                if seconds_left(args) < STEPS[name]:
+                    raise Skip(f"{max(0, seconds_left(args)):.0f} s are left, it needs {STEPS[name]}")
                 globals()[name](report, args, work)
                 report["result"] = "passed"
             except Skip as why:
@@ -432,9 +447,9 @@ def main():
             report["seconds"] = round(time.time() - start, 1)
             record["steps"][name] = report
             print(f"gpu-check: {name}: {report['result']} ({report['seconds']:.0f} s)", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "check.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "check.md").write_text(markdown(record))
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "check.json").write_text(json.dumps(record, indent=1) + "\n")
+            (args.out / "check.md").write_text(markdown(record))
     print(f"gpu-check: report in {args.out}/check.md")
     return any(step["result"].startswith("FAILED") for step in record["steps"].values())
 
