@@ -55,7 +55,12 @@ int logits(const Options& o, json& record, const Model& model, B& backend) {
   engine.on_layer = prefill_progress(engine, N, [&](double share) { progress.update(share); });
   NpyWriter out(o.out, N - S, size_t(c.shape.vocab));
   engine.prefill(
-      ids, S, [&](size_t, const float* l) { out.row(l); }, true);
+      ids, S,
+      [&](size_t, const float* l) {
+        arg_max(l, size_t(c.shape.vocab));  // refuses NaN
+        out.row(l);
+      },
+      true);
   out.finish();
   record["result"] = {{"policy", describe(policy)}, {"tokens", N}, {"split", S}, {"flops", engine.counted().flops}};
   return 0;

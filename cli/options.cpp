@@ -98,7 +98,8 @@ std::vector<Flag> flags() {
   using O = Options;
   const int many = 1 << 20;
   return {
-      {"Input", RUN | TOKENIZE | INFO | PLAN, "-m,--model", &O::model, "FILE",
+      {"Input", PLAN, "-m,--model", &O::model, "FILE", "model whose shape to take, instead of --shape"},
+      {"Input", RUN | TOKENIZE | INFO, "-m,--model", &O::model, "FILE",
        "model (default: $SPEED_MODEL, or the bundled one)"},
       {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE, "-p,--prompt", &O::prompt, "TEXT", "text"},
       {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE, "-f,--file", &O::file, "FILE",

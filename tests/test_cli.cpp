@@ -324,6 +324,22 @@ TEST_CASE("compare", "[cli]") {
   refused(on_scaled + "-p hi --compare speed:9", 2, "4 layers");
 }
 
+TEST_CASE("a model whose logits are not numbers is refused by every mode that computes", "[cli]") {
+  Scratch scratch;
+  std::string bytes = read_file(golden("tied.safetensors"));
+  uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), 8);
+  const json entry = json::parse(bytes.substr(8, header))["model.norm.weight"];
+  const uint16_t nan = 0x7FC0;
+  std::memcpy(bytes.data() + 8 + header + entry["data_offsets"][0].get<size_t>(), &nan, 2);
+  std::ofstream(scratch / "nan.safetensors", std::ios::binary) << bytes;
+  const std::string model = " -m " + (scratch / "nan.safetensors");
+  refused("logits" + model + " --tokens 269,1,2,3 --out " + (scratch / "x.npy"), 1, "not a number");
+  CHECK_FALSE(std::filesystem::exists(scratch / "x.npy"));
+  refused("perplexity" + model + " --tokens 269,1,2,3", 1, "not a number");
+  CHECK(speed_("generate" + model + " -p hi -n 2").code == 1);
+}
+
 TEST_CASE("logits", "[cli]") {
   Scratch scratch;
   const std::string out = " --out " + (scratch / "x.npy");
