@@ -5,6 +5,11 @@ CHECKPOINT is a Hugging Face folder (config.json, tokenizer.json, *.safetensors 
 OUT holds everything in one .safetensors container: weights in bf16 under Hugging Face's names, and in the header's
 metadata the config, the tokenizer's rules and the chat template's turn marks, each as JSON.
 
+--adapter merges a LoRA adapter, a folder as PEFT writes it, into the weights. What a model was trained for is said by
+the key speed_adapted in its config.json or in adapter_config.json, a list of {"policy": "speed", "k": 20, "bos": true},
+with k null for any K; or by --adapted speed:20, or --adapted speed for any K. The engine then takes that policy by
+itself, and does not warn.
+
 A checkpoint with a feature that the engine lacks is refused, and the message names the feature. Needs numpy; jinja2 for
 a chat template; gguf for a GGUF file.
 """
@@ -18,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable
@@ -29,8 +35,9 @@ try:
 except ImportError:
     sys.exit("export_weights.py: numpy: not installed; pip install numpy")
 
+from checkpoint.adapter import merge_adapter
 from checkpoint.chat import recognise_chat
-from checkpoint.config import check_config, expected_tensors, tokenizer_config
+from checkpoint.config import check_config, expected_tensors, parse_adapted, tokenizer_config
 from checkpoint.failure import Failure, one_line, unsupported
 from checkpoint.files import WIDTH, Safetensors, is_parameter
 from checkpoint.folder import read_folder
@@ -208,8 +215,20 @@ def export(checkpoint, out, tokenizer_only, force=False, adapter=None, adapted=N
     if not folder and not checkpoint.is_file():
         raise Failure(f"{checkpoint}: not a regular file; give a Hugging Face folder or a .gguf file", 2)
     source = (read_folder if folder else read_gguf)(checkpoint, tokenizer_only)
+    merged, entries_adapted = [], [parse_adapted(text) for text in adapted or ()]
+    if adapter is not None:
+        if tokenizer_only:
+            raise Failure("--adapter: has no meaning with --tokenizer-only; leave one out", 2)
+        if not adapter.is_dir():
+            raise Failure(f"{adapter}: no such folder; give a LoRA adapter as PEFT's save_pretrained writes it", 2)
+        tensors, adapter_config, changed = merge_adapter(adapter, source.tensors)
+        source = source._replace(tensors=tensors)
+        entries_adapted = entries_adapted or adapter_config.get("speed_adapted") or []
+        merged = [f"adapter: {one_line(adapter.name)}, merged into {changed} weights"]
+    if entries_adapted:
+        source.config["speed_adapted"] = entries_adapted
     tokenizer, extra = source.tokenizer, source.extra
-    name = one_line(checkpoint.resolve().name if folder else checkpoint.stem)
+    name = one_line(checkpoint.resolve().name if folder else re.sub(r"-\d{5}-of-\d{5}$", "", checkpoint.stem))
     rounding, notes = Rounding(), []
     if tokenizer_only:
         config, weights = tokenizer_config(source.config, source.generation, tokenizer, name, notes), {}
@@ -244,6 +263,7 @@ def export(checkpoint, out, tokenizer_only, force=False, adapter=None, adapted=N
         f"wrote {out}: {size / 1e6:.1f} MB, {len(entries)} tensors",
         f"read: {', '.join(source.files)}",
         *summary(config, tokenizer, chat, rounding, extra),
+        *merged,
         *map(one_line, notes),
     ]
 
@@ -291,11 +311,16 @@ def main(arguments):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Hugging Face folder or .gguf file")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="file to write")
     parser.add_argument("--tokenizer-only", action="store_true", help="no weights, for `speed tokenize` and `info`")
+    parser.add_argument("--adapter", metavar="FOLDER", type=Path, help="merge this LoRA adapter into the weights")
+    parser.add_argument(
+        "--adapted", metavar="POLICY[:K]", action="append", help="what it was trained for: speed:20; speed for any K"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it is there")
     try:
         options = parser.parse_args(arguments)
         with np.errstate(all="ignore"):  # bad numbers are found and reported here; numpy need not warn of them too
-            summary = export(options.checkpoint, options.out, options.tokenizer_only, options.force)
+            o = options
+            summary = export(o.checkpoint, o.out, o.tokenizer_only, o.force, o.adapter, o.adapted)
     except Failure as failure:
         return fail(failure, failure.code)
     except OSError as error:

@@ -151,6 +151,16 @@ def check_adapted(config, layers):
     return out
 
 
+def parse_adapted(text):
+    """The entry of speed_adapted that --adapted POLICY[:K][:no-bos] stands for. K is left out for "any K"."""
+    policy, *rest = text.split(":")
+    bos = "no-bos" not in rest
+    rest = [part for part in rest if part != "no-bos"]
+    if len(rest) > 1 or not all(part.isdecimal() for part in rest):
+        raise Failure(f"--adapted {text}: no POLICY[:K][:no-bos]; write for example speed:20, or speed for any K", 2)
+    return {"policy": policy, "k": int(rest[0]) if rest else None, "bos": bos}
+
+
 def check_config(config, generation, name, tokenizer=None, notes=None):
     """The exported config, which has every key. A key that config.json lacks gets the default of transformers'
     LlamaConfig, but for the BoS and EoS ids other files of the checkpoint are asked first. A feature that the engine

@@ -11,6 +11,7 @@ import numpy as np
 from .chat import read_template
 from .failure import Failure, unsupported
 from .files import is_naturals, read_json
+from .pattern import check_pattern
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
@@ -63,8 +64,10 @@ def split_patterns(pre_tokenizer):
                 raise refuse(part)
             if part.get("use_regex", True):
                 patterns.append(GPT2_SPLIT)
-            if len(patterns) > 16 or any(not 0 < len(p.encode()) <= 4096 for p in patterns):
-                raise unsupported("more than 16 split patterns, or one longer than 4096 bytes", "tokenizer.json")
+            if len(patterns) > 16:
+                raise unsupported("more than 16 split patterns", "tokenizer.json")
+            for pattern in patterns:
+                check_pattern(pattern)
             return patterns
         else:
             raise refuse(part)

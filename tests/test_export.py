@@ -33,6 +33,7 @@ from checkpoint import files, gguf_file  # noqa: E402
 from checkpoint.chat import TEMPLATE_LIMIT, recognise_chat  # noqa: E402
 from checkpoint.config import check_config, expected_tensors  # noqa: E402
 from checkpoint.failure import Failure  # noqa: E402
+from checkpoint.pattern import check_pattern  # noqa: E402
 from checkpoint.tokenizer import DIGIT, GPT2_SPLIT, LLAMA3_SPLIT, Tokenizer  # noqa: E402
 
 try:
@@ -372,6 +373,275 @@ class RoundTrip(Case):
             meta(file, "config"),
             {"name": "model", "vocab_size": 274, "bos_token_id": 269, "eos_token_id": [270], "tokenizer_only": True},
         )
+
+
+class WhichFileCounts(Case):
+    def summary(self, *more):
+        file, out = self.accept(*more)
+        return file, meta(file, "config"), out
+
+    def test_the_single_file_beats_an_index(self):
+        self.write()
+        self.accept()
+        whole = self.out.read_bytes()
+        index = self.checkpoint / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}))
+        self.accept()
+        self.assertEqual(self.out.read_bytes(), whole)
+        other = random_models.random_tensors(random_models.base_config(SMALL), 6)
+        random_models.write_safetensors(self.checkpoint / "other.safetensors", other)
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(other, "other.safetensors")}))
+        _, _, out = self.summary()
+        self.assertEqual(self.out.read_bytes(), whole)
+        self.assertIn("read: model.safetensors, tokenizer.json,", out)
+        (self.checkpoint / "model.safetensors").unlink()
+        self.assertIn("read: other.safetensors, tokenizer.json,", self.summary()[2])
+        self.assertNotEqual(self.out.read_bytes(), whole)
+
+    def test_bos_and_eos(self):
+        self.write()
+        settings = json.loads((self.checkpoint / "tokenizer_config.json").read_text())
+        both = {"bos_token_id": 271, "eos_token_id": [272, 273]}
+        for config, generation_config, tokens, bos, eos in (
+            ({}, both, {"eos_token": "<|eot_id|>"}, 271, [272, 273]),
+            ({}, {}, {}, 269, [270]),
+            ({}, {}, {"bos_token": None, "eos_token": None}, 1, [2]),
+            ({"bos_token_id": None, "eos_token_id": None}, {}, {"bos_token": None, "eos_token": None}, None, []),
+            ({"bos_token_id": 272, "eos_token_id": 271}, {}, {"eos_token": "<|eot_id|>"}, 272, [271, 273]),
+            ({"bos_token_id": 269, "eos_token_id": [-1, 270, 275]}, {}, {}, 269, [270]),
+            ({"bos_token_id": 269, "eos_token_id": 270}, {"eos_token_id": [-1, 274]}, {}, 269, [270, 274]),
+        ):
+            self.rewrite("config.json", {"bos_token_id": 0, "eos_token_id": 0})
+            self.rewrite("config.json", {"bos_token_id": DROP, "eos_token_id": DROP})
+            self.rewrite("config.json", config)
+            (self.checkpoint / "generation_config.json").write_text(json.dumps(generation_config))
+            (self.checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, **tokens}))
+            with self.subTest(config=config, generation=generation_config, tokens=tokens):
+                _, got, out = self.summary()
+                self.assertEqual((got["bos_token_id"], got["eos_token_id"]), (bos, eos))
+                self.assertEqual("Hugging Face's default" in out, bos == 1)
+                self.assertEqual("left out" in out, "-1" in str(config) + str(generation_config))
+
+    def test_special_tokens_map(self):
+        """It counts only where tokenizer_config.json does not list the added tokens itself."""
+        self.write()
+        settings = json.loads((self.checkpoint / "tokenizer_config.json").read_text())
+        self.rewrite("config.json", {"bos_token_id": DROP, "eos_token_id": DROP})
+        path = self.checkpoint / "special_tokens_map.json"
+        path.write_text(json.dumps({"bos_token": "<|end_of_text|>", "eos_token": {"content": "<|eot_id|>"}}))
+        _, config, out = self.summary()
+        self.assertEqual((config["bos_token_id"], config["eos_token_id"]), (270, [273]))
+        self.assertIn("special_tokens_map.json", out)
+        settings["added_tokens_decoder"] = {"273": {"content": "<|eot_id|>", "special": True}}
+        (self.checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+        _, config, out = self.summary()
+        self.assertEqual((config["bos_token_id"], config["eos_token_id"]), (269, [270]))
+        self.assertNotIn("special_tokens_map.json", out)
+
+    def test_what_changes_no_result_is_left_out(self):
+        self.write(dict(SMALL, rope_scaling=None))
+        self.accept()
+        whole = self.out.read_bytes()
+        for scaling in ({"type": "linear", "factor": 1.0}, {"rope_type": "none"}, {"rope_type": None}, {}):
+            self.rewrite("config.json", {"rope_scaling": scaling})
+            self.accept()
+            self.assertEqual(self.out.read_bytes(), whole)
+        self.rewrite("config.json", {"layer_types": ["full_attention"] * 2, "kv_sharing_map": None, "my_note": "x"})
+        self.assertIn("my_note is not known, and left out", self.summary()[2])
+        self.assertEqual(self.out.read_bytes(), whole)
+        tensors = random_models.random_tensors(random_models.base_config(SMALL), 5)
+        for name in (
+            "model.layers.0.self_attn.rotary_emb.cos_cached",
+            "model.rotary_emb.inv_freq",
+            "model.layers.1.self_attn.masked_bias",
+            "model.layers.1.self_attn.bias",
+        ):
+            tensors[name] = np.ones((2, 3), np.float32)
+        random_models.write_safetensors(self.checkpoint / "model.safetensors", tensors)
+        self.accept()
+        self.assertEqual(self.out.read_bytes(), whole)
+
+    def test_a_token_without_a_row_is_left_out(self):
+        self.write()
+        self.accept()
+        before = meta(files.Safetensors(self.out), "tokenizer")
+        data = random_models.tokenizer_json()
+        data["added_tokens"] += [{"id": 275, "content": "<pad>", "special": True}]
+        (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
+        file, _, out = self.summary()
+        self.assertIn("1 added tokens have no row in the embedding, and are left out: <pad>", out)
+        self.assertEqual(meta(file, "tokenizer"), before)
+        data["added_tokens"][-1]["id"] = 274
+        (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
+        file, _, out = self.summary()
+        self.assertNotIn("left out", out)
+        self.assertEqual(meta(file, "tokenizer")["special"][-1], [274, "<pad>"])
+
+    def test_added_tokens_that_are_not_special(self):
+        self.write()
+        data = random_models.tokenizer_json()
+        data["added_tokens"] += [{"id": 274, "content": "<think>", "special": False}]
+        (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
+        file, _, out = self.summary()
+        self.assertEqual(meta(file, "tokenizer")["added"], [[274, "<think>"]])
+        self.assertEqual(len(meta(file, "tokenizer")["special"]), 5)
+        self.assertIn("5 special, 1 added", out)
+        # Special is a token if either file says so.
+        settings = json.loads((self.checkpoint / "tokenizer_config.json").read_text())
+        settings["added_tokens_decoder"] = {"274": {"content": "<think>", "special": True}}
+        (self.checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+        self.assertNotIn("added", meta(self.summary()[0], "tokenizer"))
+
+    def test_tokens_in_plain_letters(self):
+        self.write()
+        data = random_models.tokenizer_json()
+        data["model"]["vocab"]["\u3042"] = 274
+        data["model"]["merges"] = [*data["model"]["merges"], "\u3042 t"]
+        data["model"]["vocab"]["\u3042t"] = 275
+        (self.checkpoint / "tokenizer.json").write_text(json.dumps(data))
+        self.rewrite("config.json", {"vocab_size": 276})
+        file, _ = self.accept("--tokenizer-only")
+        self.assertEqual(meta(file, "tokenizer")["unmatched"], [274, 275])
+        self.assertEqual(file.array("tokenizer.merges").shape, (13, 3))
+
+    def test_a_link_is_followed(self):
+        self.write()
+        self.accept()
+        whole = self.out.read_bytes()
+        target = self.folder / "target"
+        target.write_bytes(b"older")
+        self.out.unlink()
+        self.out.symlink_to("target")
+        self.refuse("--force", 2, (self.checkpoint, self.out))
+        self.accept()
+        self.assertTrue(self.out.is_symlink())
+        self.assertEqual(target.read_bytes(), whole)
+        target.unlink()
+        export(self.checkpoint, self.out)
+        self.assertEqual(target.read_bytes(), whole)
+
+
+class SplitPatterns(Case):
+    """tests/test_tokenizer.cpp gives the engine the same list."""
+
+    def test_accepted_and_refused(self):
+        list_ = json.loads((ROOT / "tests" / "patterns.json").read_text())
+        self.assertGreater(len(list_["accepted"]), 30)
+        self.assertGreater(len(list_["refused"]), 60)
+        for pattern in list_["accepted"]:
+            with self.subTest(pattern=pattern):
+                check_pattern(pattern)
+        for pattern in list_["refused"]:
+            with self.subTest(pattern=pattern), self.assertRaisesRegex(Failure, "split pattern"):
+                check_pattern(pattern)
+
+    def test_by_name(self):
+        self.write()
+        for pattern, word in (
+            (r"\p{Han}+", "general category"),
+            (r"\b", "escape"),
+            ("[[:alpha:]]", "[:"),
+            ("a*", "empty"),
+        ):
+            self.rewrite("tokenizer.json", {"pre_tokenizer.pretokenizers.0.pattern.Regex": pattern})
+            self.refuse(word)
+        self.rewrite("tokenizer.json", {"pre_tokenizer.pretokenizers.0.pattern.Regex": r"\p{P}|[[a-z]&&[^q]]+|\w|\d"})
+        self.accept()
+
+
+class Adapters(Case):
+    def write_adapter(self, changes=None, rank=3, dtype="F32", names=("q_proj", "v_proj", "down_proj")):
+        folder = self.folder / "adapter"
+        folder.mkdir(exist_ok=True)
+        config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": list(names), "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **(changes or {})}))
+        rng, tensors = np.random.default_rng(1), {}
+        for name, x in random_models.random_tensors(random_models.base_config(SMALL), 5).items():
+            if name.split(".")[-2] in names:
+                at = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+                tensors[at + "A.weight"] = random_models.to_bf16(rng.standard_normal((rank, x.shape[1])))
+                tensors[at + "B.weight"] = random_models.to_bf16(rng.standard_normal((x.shape[0], rank)))
+        random_models.write_safetensors(folder / "adapter_model.safetensors", tensors, dtype)
+        return folder, tensors
+
+    def test_merged(self):
+        self.write()
+        plain = random_models.random_tensors(random_models.base_config(SMALL), 5)
+        for changes, scale in (
+            ({}, 2.0),
+            ({"use_rslora": True}, 6 / 3**0.5),
+            ({"rank_pattern": {"q_proj": 3}, "r": 8, "alpha_pattern": {}}, None),
+            ({"alpha_pattern": {"layers.1.self_attn.q_proj": 12}}, {"model.layers.1.self_attn.q_proj.weight": 4.0}),
+        ):
+            folder, lora = self.write_adapter(changes)
+            if scale is None:
+                self.refuse("rank", 1, (self.checkpoint, self.out, "--adapter", folder, "--force"))
+                continue
+            for dtype in ("F32", "BF16"):
+                self.write_adapter(changes, dtype=dtype)
+                file, out = self.accept("--adapter", folder)
+                self.assertIn("adapter: adapter, merged into 6 weights", out)
+                changed = 0
+                for name, x in plain.items():
+                    at = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+                    expected = x.astype(np.float64)
+                    if at + "A.weight" in lora:
+                        by = scale.get(name, 2.0) if isinstance(scale, dict) else scale
+                        delta = lora[at + "B.weight"].astype(np.float64) @ lora[at + "A.weight"].astype(np.float64)
+                        expected = expected + by * delta
+                        changed += 1
+                    got = (file.array(name).astype(np.uint32) << 16).view(np.float32)
+                    # half a step of bf16, and the rounding of float32 sums
+                    bound = 2.0**-8 * np.abs(expected) + 1e-5
+                    self.assertTrue(np.all(np.abs(got - expected) <= bound), name)
+                self.assertEqual(changed, 6)
+
+    def test_what_it_was_trained_for(self):
+        self.write()
+        entry = {"policy": "speed", "k": 1, "bos": True}
+        folder, _ = self.write_adapter({"speed_adapted": [entry]})
+        adapted = lambda *more: meta(self.accept(*more)[0], "config")["adapted"]  # noqa: E731
+        self.assertEqual(adapted("--adapter", folder), [entry])
+        self.assertEqual(adapted(), [])
+        self.assertEqual(adapted("--adapted", "speed:2"), [{**entry, "k": 2}])
+        self.assertEqual(adapted("--adapted", "speed"), [{**entry, "k": None}])
+        both = ("--adapted", "speed:1:no-bos", "--adapted", "pop")
+        self.assertEqual(adapted(*both), [{**entry, "bos": False}, {"policy": "pop", "k": None, "bos": True}])
+        self.out.unlink()
+        for wrong, code in (("speed:x", 2), ("speed:1:2", 2), ("sped", 1), ("speed:3", 1)):
+            self.refuse("adapted", code, (self.checkpoint, self.out, "--adapted", wrong))
+
+    def test_refused_by_name(self):
+        self.write()
+        for changes, word in (
+            ({"use_dora": True}, "DoRA"),
+            ({"peft_type": "LOHA"}, "'LOHA'"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+            ({"bias": "all"}, "biases"),
+            ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+            ({"some_new_method": 3}, "some_new_method"),
+            ({"lora_alpha": None}, "lora_alpha"),
+            ({"r": 4}, "rank 3"),
+        ):
+            folder, _ = self.write_adapter(changes)
+            with self.subTest(changes=changes):
+                self.refuse(word, 1, (self.checkpoint, self.out, "--adapter", folder))
+        folder, tensors = self.write_adapter()
+        path, first = folder / "adapter_model.safetensors", next(iter(tensors))
+        for change, word in (
+            ({first: tensors[first][:, 1:]}, "does not fit"),
+            ({first: None}, "alone"),
+            ({first.replace("lora_A", "lora_magnitude_vector"): tensors[first]}, "lora_magnitude_vector"),
+            ({first.replace("layers.0", "layers.7"): tensors[first]}, "no weight of this base"),
+            (dict.fromkeys(tensors), "no LoRA weights"),
+        ):
+            new = {n: x for n, x in {**tensors, **change}.items() if x is not None}
+            random_models.write_safetensors(path, new)
+            self.refuse(word, 1, (self.checkpoint, self.out, "--adapter", folder))
+        path.unlink()
+        self.refuse("adapter_model", 2, (self.checkpoint, self.out, "--adapter", folder))
+        self.refuse("no such folder", 2, (self.checkpoint, self.out, "--adapter", self.folder / "absent"))
+        self.refuse("--tokenizer-only", 2, (self.checkpoint, self.out, "--adapter", folder, "--tokenizer-only"))
 
 
 class Rounding(unittest.TestCase):
@@ -1219,7 +1489,7 @@ class ChatTemplates(Case):
 class Gguf(Case):
     NAMES: ClassVar = {ours: theirs for theirs, ours in {**gguf_file.GGUF_LAYER, **gguf_file.GGUF_OTHER}.items()}
 
-    def write_gguf(self, metadata=None, tensors=None, kind=None, pre="llama-bpe", seed=5, extra=None):
+    def write_gguf(self, metadata=None, tensors=None, kind=None, pre="llama-bpe", seed=5, extra=None, kinds=None):
         """The GGUF file that llama.cpp's converter would make from the checkpoint of `write`."""
         self.checkpoint = self.folder / "model.gguf"
         config = random_models.base_config(dict(SMALL, rope_scaling=None))
@@ -1254,7 +1524,7 @@ class Gguf(Case):
             add[type(value)](key, value)
         tokens = [*words["model"]["vocab"], *random_models.SPECIAL, "[PAD274]"]
         writer.add_token_list(tokens)
-        writer.add_token_types([1] * 269 + [3] * 5 + [5])
+        writer.add_token_types(kinds or [1] * 269 + [3] * 5 + [5])
         writer.add_token_merges(random_models.MERGES)
         for name, x in {**tensors, **(extra or {})}.items():
             parts = name.split(".")
@@ -1325,6 +1595,71 @@ class Gguf(Case):
                 {"split": split, "ignore_merges": ignore_merges},
                 {k: v for k, v in meta(self.accept()[0], "tokenizer").items() if k in ("split", "ignore_merges")},
             )
+
+    def test_pre_tokenizers_by_another_name(self):
+        for pre, ignore_merges in (("smaug-bpe", False), ("dbrx", False), (DROP, True), ("default", True)):
+            self.write_gguf({"tokenizer.ggml.pre": pre})
+            rules = meta(self.accept()[0], "tokenizer")
+            self.assertEqual((rules["split"], rules["ignore_merges"]), ([LLAMA3_SPLIT], ignore_merges))
+        self.out.unlink()
+        with mock.patch.object(gguf_file, "LLAMA3_TOKENS", {"<|another|>"}):
+            self.refuse("pre-tokenizer 'default'")
+
+    def test_user_defined_tokens_are_added_and_control_tokens_special(self):
+        self.write_gguf(kinds=[1] * 269 + [3] * 4 + [4, 5])
+        rules = meta(self.accept()[0], "tokenizer")
+        self.assertEqual(rules["added"], [[273, "<|eot_id|>"]])
+        self.assertEqual([i for i, _ in rules["special"]], [269, 270, 271, 272])
+
+    def test_no_scaling(self):
+        self.write_gguf()
+        self.accept()
+        whole = self.out.read_bytes()
+        for more in (
+            {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0},
+            {"llama.rope.scale_linear": 1.0},
+        ):
+            self.write_gguf(more)
+            self.accept()
+            self.assertEqual(self.out.read_bytes(), whole)
+
+    def test_parts_are_joined(self):
+        self.write_gguf()
+        self.accept()
+        whole = self.out.read_bytes()
+        tensors = random_models.random_tensors(random_models.base_config(dict(SMALL, rope_scaling=None)), 5)
+        names = list(tensors)
+
+        def write_parts(cuts, **changes):
+            self.checkpoint = self.folder / "model.gguf"
+            for old in self.folder.glob("model-*.gguf"):
+                old.unlink()
+            for i, (a, b) in enumerate(cuts):
+                split = {"split.no": i, "split.count": len(cuts), "split.tensors.count": len(names), **changes}
+                self.write_gguf(split, {n: tensors[n] for n in names[a:b]})
+                self.checkpoint.rename(self.folder / f"model-{i + 1:05}-of-{len(cuts):05}.gguf")
+
+        write_parts([(0, 5), (5, 6), (6, None)])
+        for i in (1, 3):
+            self.checkpoint = self.folder / f"model-{i:05}-of-00003.gguf"
+            file, out = self.accept()
+            self.assertIn("read: model-00001-of-00003.gguf, model-00002-of-00003.gguf, model-00003-of-00003.gguf", out)
+            for name, x in tensors.items():
+                np.testing.assert_array_equal(file.array(name), (x.view(np.uint32) >> 16).astype(np.uint16), name)
+            self.assertEqual(self.out.read_bytes(), whole)
+        self.out.unlink()
+        first = self.folder / "model-00001-of-00003.gguf"
+        (self.folder / "model-00002-of-00003.gguf").rename(self.folder / "away")
+        self.refuse("model-00002-of-00003.gguf: no such file", 1, (first, self.out))
+        for cuts, changes, word in (
+            ([(0, 5), (5, None)], {"split.count": 3}, "part 0 of 3"),
+            ([(0, 5), (5, None)], {"split.no": 1}, "part 1 of 2"),
+            ([(0, 5), (4, None)], {}, "in two parts"),
+            ([(0, 5), (6, None)], {}, "the parts hold"),
+        ):
+            write_parts(cuts, **changes)
+            self.refuse(word, 1, (self.folder / "model-00001-of-00002.gguf", self.out))
 
     def test_refused_by_name(self):
         for metadata, word in (
