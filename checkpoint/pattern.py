@@ -10,7 +10,6 @@ from .failure import unsupported
 
 CATEGORIES = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Co Cn".split()
 CATEGORIES += ["L", "M", "N", "P", "S", "Z", "C"]
-CASES = "Lu", "Ll", "Lt"  # (?i: would have to widen them
 GROUPS = "(?:", "(?i:", "(?=", "(?!", "(?<=", "(?<!", "(?>"
 
 
@@ -101,7 +100,8 @@ class Pattern:
         if self.next("("):
             return self.group(caseless, depth, fixed)
         if self.take("["):
-            self.take("^")
+            if self.take("^") and caseless:
+                self.refuse("a negated class within (?i:")
             self.char_class(caseless, 0)
         elif self.next("\\"):
             if not self.set_escape(caseless):
@@ -131,15 +131,17 @@ class Pattern:
 
     def set_escape(self, caseless):
         r"""Reads \s, \p{L} and the like, if one comes next."""
-        if self.match(r"\\[sSdDwW]"):
-            return True
-        if not self.match(r"\\[pP]"):
+        if not self.match(r"\\[pPsSdDwW]"):
             return False
+        # Oniguruma lets one of its members, the ligature U+FB06, stand for the letters "st". The engine accepts such a
+        # pattern, in which it would differ.
+        if caseless:
+            self.refuse("a property, \\s and the like within (?i:")
+        if self.pattern[self.at - 1] not in "pP":
+            return True
         name = self.match(r"\{(\w*)\}")
         if not name or name[1] not in CATEGORIES:
             self.refuse("a property that is no general category")
-        if caseless and name[1] in CASES:
-            self.refuse("a property of upper or lower case within (?i:")
         return True
 
     def escape(self):

@@ -535,6 +535,12 @@ class SplitPatterns(Case):
             with self.subTest(pattern=pattern), self.assertRaisesRegex(Failure, "split pattern"):
                 check_pattern(pattern)
 
+    def test_caseless(self):
+        r"""Within (?i: Oniguruma lets a ligature of \S stand for two letters; the engine does not."""
+        for pattern in (r"(?i:[x-z\S]b)", r"(?i:\S)b", r"(?i:[^a]b)", r"(?i:\p{L})"):
+            with self.subTest(pattern=pattern), self.assertRaisesRegex(Failure, r"within \(\?i:"):
+                check_pattern(pattern)
+
     def test_by_name(self):
         self.write()
         for pattern, word in (

@@ -467,9 +467,7 @@ def traps():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\P{L}\P{N}\S?|(?<=a)b(?!c)|(?<!1)(?>\s\s?)"), "isolated"),
-            pre_tokenizers.Split(
-                Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z\S]b)|\p{L}++\-"), "isolated"
-            ),
+            pre_tokenizers.Split(Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z]b)|\p{L}++\-"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -705,6 +703,27 @@ def test_added_tokens(folder, n):
     fault("a plain spelling is matched", "unmatched", [tokenizer.token_to_id("\n")])
 
 
+def test_patterns(folder):
+    """Every accepted pattern of patterns.json cuts texts as Hugging Face's regular expressions do."""
+    texts = [
+        *random_strings(600, 9),
+        "".join(map(chr, range(1, 0x3000))),
+        "aQbzq[&]-\\^ \u01c5\u2160\u24b6\u00b2_\u203f",
+    ]
+    for i, pattern in enumerate(json.loads((ROOT / "tests" / "patterns.json").read_text())["accepted"]):
+        data = random_models.tokenizer_json()
+        data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        # Every pair of ASCII characters that are neighbours in a text is a token, so that a cut shows in the ids.
+        letters = byte_letters()
+        pairs = [(letters[a], letters[b]) for a in range(32, 127) for b in range(32, 127)]
+        vocab = {letter: byte for byte, letter in letters.items()}
+        data["model"]["vocab"] = {**vocab, **{a + b: 256 + n for n, (a, b) in enumerate(pairs)}}
+        data["model"]["merges"], data["added_tokens"] = [list(pair) for pair in pairs], []
+        tokenizer = Tokenizer.from_str(json.dumps(data))
+        engine = Engine(export_folder(folder / f"pattern-{i}", tokenizer))
+        compare(f"pattern {ascii(pattern)[:60]}", engine, by_tokenizers(tokenizer), texts)
+
+
 def test_templates(folder):
     """Chat templates of many forms: the engine's ids are those of apply_chat_template."""
     tokenizer, _ = small_tokenizer()
@@ -769,6 +788,7 @@ def main():
         test_llama3_chats(folder, engine, tokenizer)
         test_traps(folder, list(code_points(True)), n)
         test_added_tokens(folder, n)
+        test_patterns(folder)
         test_templates(folder)
     print(f"{results.passed} passed, {results.failed} failed")
     return 1 if results.failed or not results.passed else 0
