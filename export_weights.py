@@ -5,6 +5,11 @@ CHECKPOINT is a Hugging Face folder (config.json, tokenizer.json, *.safetensors 
 OUT holds everything in one .safetensors container: weights in bf16 under Hugging Face's names, and in the header's
 metadata the config, the tokenizer's rules and the chat template's turn marks, each as JSON.
 
+--adapter merges a LoRA adapter, a folder as PEFT writes it, into the weights. What a model was trained for is said by
+the key speed_adapted in its config.json or in adapter_config.json, a list of {"policy": "speed", "k": 20, "bos": true},
+with k null for any K; or by --adapted speed:20, or --adapted speed for any K. The engine then takes that policy by
+itself, and does not warn.
+
 A checkpoint with a feature that the engine lacks is refused, and the message names the feature. Needs numpy; jinja2 for
 a chat template; gguf for a GGUF file.
 """
@@ -30,10 +35,11 @@ try:
 except ImportError:
     sys.exit("export_weights.py: numpy: not installed; pip install numpy")
 
+from checkpoint.adapter import merge_adapter
 from checkpoint.chat import recognise_chat
-from checkpoint.config import check_config, expected_tensors, tokenizer_config
+from checkpoint.config import check_config, expected_tensors, parse_adapted, tokenizer_config
 from checkpoint.failure import Failure, one_line, unsupported
-from checkpoint.files import WIDTH, Safetensors
+from checkpoint.files import WIDTH, Safetensors, is_parameter
 from checkpoint.folder import read_folder
 from checkpoint.gguf_file import read_gguf
 
@@ -62,8 +68,8 @@ def select_tensors(config, tensors, extra):
                 "use the config that belongs to the weights"
             )
     for name in tensors.keys() - shapes.keys():
-        if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
-            continue  # old versions of transformers saved this buffer; it follows from the config
+        if not is_parameter(name):
+            continue
         if name == "model.norm_swiftkv.weight" and not config["swiftkv"]:
             continue  # every SwiftKV model has it; not used if all layers have keys and values of their own
         if name == "lm_head.weight":
@@ -148,8 +154,6 @@ def write_file(out, metadata, entries):
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    if out.exists() and not out.is_file():
-        raise Failure(f"{out}: not a regular file; give the name of a file to write", 2)
     part = out.with_name(f".{out.name[:200]}.{os.getpid()}.part")
     try:
         checks = {}
@@ -192,29 +196,52 @@ def show_progress(done, total):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def export(checkpoint, out, tokenizer_only):
+def export(checkpoint, out, tokenizer_only, force=False, adapter=None, adapted=None):
     """Exports the checkpoint. Returns the lines of the summary."""
     if not checkpoint.exists():
         raise Failure(f"{checkpoint}: no such file or folder; give a Hugging Face folder or a .gguf file", 2)
-    if out.is_dir() or not out.parent.is_dir():
+    out = out.resolve() if out.is_symlink() else out  # the file that a link points to is written, not the link
+    if out.is_symlink() or out.is_dir() or not out.parent.is_dir():
         raise Failure(f"{out}: not a file in an existing folder; give another output file", 2)
     if out.exists() and (out.resolve().parent == checkpoint.resolve() or out.resolve() == checkpoint.resolve()):
         raise Failure(f"{out}: would overwrite a file of the checkpoint; give another output file", 2)
+    if out.exists() and not out.is_file():
+        raise Failure(f"{out}: not a regular file; give the name of a file to write", 2)
+    if out.exists() and not force:
+        raise Failure(f"{out}: is there already; add --force to overwrite it, or give another output file", 2)
     if not checkpoint.is_dir() and checkpoint.suffix != ".gguf":
         raise Failure(f"{checkpoint}: neither a folder nor a .gguf file; give a Hugging Face folder or a .gguf file", 2)
     folder = checkpoint.is_dir()
     if not folder and not checkpoint.is_file():
         raise Failure(f"{checkpoint}: not a regular file; give a Hugging Face folder or a .gguf file", 2)
     source = (read_folder if folder else read_gguf)(checkpoint, tokenizer_only)
+    merged, entries_adapted = [], [parse_adapted(text) for text in adapted or ()]
+    if adapter is not None:
+        if tokenizer_only:
+            raise Failure("--adapter: has no meaning with --tokenizer-only; leave one out", 2)
+        if not adapter.is_dir():
+            raise Failure(f"{adapter}: no such folder; give a LoRA adapter as PEFT's save_pretrained writes it", 2)
+        tensors, adapter_config, changed = merge_adapter(adapter, source.tensors)
+        source = source._replace(tensors=tensors)
+        entries_adapted = entries_adapted or adapter_config.get("speed_adapted") or []
+        merged = [f"adapter: {one_line(adapter.name)}, merged into {changed} weights"]
+    if entries_adapted:
+        source.config["speed_adapted"] = entries_adapted
     tokenizer, extra = source.tokenizer, source.extra
-    name = one_line(checkpoint.resolve().name if folder else checkpoint.stem)
-    rounding = Rounding()
+    name = one_line(checkpoint.resolve().name if folder else re.sub(r"-\d{5}-of-\d{5}$", "", checkpoint.stem))
+    rounding, notes = Rounding(), []
     if tokenizer_only:
-        config, weights = tokenizer_config(source.config, source.generation, tokenizer, name), {}
+        config, weights = tokenizer_config(source.config, source.generation, tokenizer, name, notes), {}
     else:
-        config = check_config(source.config, source.generation, name)
+        config = check_config(source.config, source.generation, name, tokenizer, notes)
         weights = select_tensors(config, source.tensors, extra)
-    chat = recognise_chat(tokenizer)
+    beyond = tokenizer.leave_out_beyond(config["vocab_size"])
+    if beyond:
+        notes.append(
+            f"tokenizer: {len(beyond)} added tokens have no row in the embedding, and are left out: "
+            f"{', '.join(beyond[:5])}{', ...' if len(beyond) > 5 else ''}"
+        )
+    chat = recognise_chat(tokenizer, beyond)
     words = tokenizer.tensors(config["vocab_size"])
     metadata = {
         "format": FORMAT,
@@ -234,7 +261,10 @@ def export(checkpoint, out, tokenizer_only):
 
     return [
         f"wrote {out}: {size / 1e6:.1f} MB, {len(entries)} tensors",
+        f"read: {', '.join(source.files)}",
         *summary(config, tokenizer, chat, rounding, extra),
+        *merged,
+        *map(one_line, notes),
     ]
 
 
@@ -256,11 +286,16 @@ def summary(c, tokenizer, chat, rounding, extra):
                 f"{c['swiftkv']['key_value_group_size']}, ordinary projections {kept}"
             )
         yield f"weights: {rounding}"
-    template = chat["template"] if chat else "unknown, --chat will not work" if tokenizer.template else "none"
     yield (
         f"tokenizer: {c['vocab_size']} tokens, {len(tokenizer.merges)} merges, {len(tokenizer.special)} special, "
-        f"BoS {c['bos_token_id']}, EoS {c['eos_token_id']}; chat template: {template}"
+        f"{len(tokenizer.plain)} added, BoS {c['bos_token_id']}, EoS {c['eos_token_id']}"
     )
+    if chat is None:
+        yield "chat template: none"
+    elif "refused" in chat:
+        yield f"chat template: --chat will not work: {chat['refused']}"
+    else:
+        yield f"chat template: its answers begin with {chat['template']}"
 
 
 def main(arguments):
@@ -276,10 +311,16 @@ def main(arguments):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="Hugging Face folder or .gguf file")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="file to write")
     parser.add_argument("--tokenizer-only", action="store_true", help="no weights, for `speed tokenize` and `info`")
+    parser.add_argument("--adapter", metavar="FOLDER", type=Path, help="merge this LoRA adapter into the weights")
+    parser.add_argument(
+        "--adapted", metavar="POLICY[:K]", action="append", help="what it was trained for: speed:20; speed for any K"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it is there")
     try:
         options = parser.parse_args(arguments)
         with np.errstate(all="ignore"):  # bad numbers are found and reported here; numpy need not warn of them too
-            summary = export(options.checkpoint, options.out, options.tokenizer_only)
+            o = options
+            summary = export(o.checkpoint, o.out, o.tokenizer_only, o.force, o.adapter, o.adapted)
     except Failure as failure:
         return fail(failure, failure.code)
     except OSError as error:

@@ -194,7 +194,8 @@ class Model {
   Weights weights;
   std::unique_ptr<Tokenizer> tokenizer;
   std::optional<ChatTemplate> chat;
-  uint64_t parameters = 0;  // all of the file's, whether a policy uses them or not
+  std::string chat_refused;  // why the checkpoint's chat template is not in the file, if it has one
+  uint64_t parameters = 0;   // all of the file's, whether a policy uses them or not
 
   explicit Model(const std::string& path)
       : path_(path), file_(std::make_unique<MappedFile>(path)), container_(std::make_unique<SafeTensors>(*file_)) {
@@ -348,7 +349,11 @@ class Model {
     std::span<const uint32_t> offsets(container_->get<uint32_t>("tokenizer.offsets", "U32", {V + 1}), V + 1);
     std::span<const uint32_t> merges(container_->get<uint32_t>("tokenizer.merges", "U32", {n_merges, 3}), n_merges * 3);
     tokenizer = std::make_unique<Tokenizer>(container_->metadata("tokenizer"), bytes, offsets, merges, V);
-    if (const std::string& c = container_->metadata("chat"); c != "null") chat.emplace(c, *tokenizer);
+    if (const std::string& c = container_->metadata("chat"); c != "null") {
+      const json j = json::parse(c, nullptr, false);
+      if (j.is_object() && j.contains("refused") && j["refused"].is_string()) chat_refused = j["refused"];
+      else chat.emplace(c, *tokenizer);
+    }
   }
 
   void read_weights() {

@@ -16,6 +16,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -30,9 +31,11 @@ namespace speed {
 
 // Byte-level byte pair encoding. Its arrays are copied before they are checked, because a mapped file can change.
 //
-//   rules    JSON {"split": [pattern, ...], "ignore_merges": bool, "special": [[id, "spelling"], ...]}; patterns apply in
-//            order, each to the pieces left by the one before. ignore_merges: a piece that is a token is that token,
-//            even where the merges would not make it.
+//   rules    JSON {"split": [pattern, ...], "ignore_merges": bool, "special": [[id, "spelling"], ...],
+//            "added": [[id, "spelling"], ...], "unmatched": [id, ...]}. Patterns apply in order, each to the pieces left
+//            by the one before. ignore_merges: a piece that is a token is that token, even where the merges would not
+//            make it. special: tokens that text becomes only where that is asked for. added: tokens that it always
+//            becomes, such as <think>. unmatched: tokens that no text becomes. The last two may be absent.
 //   bytes    the bytes of tokens 0, 1, ... one after the other; token i is bytes[offsets[i], offsets[i+1])
 //   offsets  [V+1]; an id without a token has no bytes
 //   merges   [M, 3] rows left id, right id, merged id, in rank order
@@ -62,31 +65,44 @@ class Tokenizer {
     return token(id);
   }
 
-  // Ids of `text`, which must be valid UTF-8; nothing is added. With `special`, spellings of special tokens become
-  // their ids, the leftmost first and of those the longest; without, they are ordinary characters. Time: n log n.
+  // Ids of `text`, which must be valid UTF-8; nothing is added. Spellings of added tokens become their ids, the leftmost
+  // first and of those the longest. Without `special`, a special token's spelling is ordinary characters. Time: n log n.
   std::vector<int> encode(std::string_view text, bool special) const {
     require_utf8(text);
     if (text.size() >= UINT32_MAX) throw Error(2, "text", "longer than 4 GiB", "use a shorter text");
     std::vector<int> ids;
-    if (special) {
-      for (Special s; (s = find_special(text)).id >= 0; text.remove_prefix(s.at + s.size)) {
-        encode_ordinary(text.substr(0, s.at), ids);
-        ids.push_back(s.id);
-      }
+    for (Added a; (a = find_added(text, special)).id >= 0; text.remove_prefix(a.at + a.size)) {
+      encode_ordinary(text.substr(0, a.at), ids);
+      ids.push_back(a.id);
     }
     encode_ordinary(text, ids);
     return ids;
   }
 
-  struct Special {
+  // How many of `ids`, which encode(text, false) gave, stand for bytes before `at` alone.
+  size_t tokens_before(std::string_view text, const std::vector<int>& ids, size_t at) const {
+    size_t begin = 0, n = 0;
+    for (; n < ids.size(); ++n) {
+      const std::string_view t = token(size_t(ids[n]));
+      while (begin < text.size() && !text.substr(begin).starts_with(t)) ++begin;  // a byte that has no token
+      if (begin + t.size() > at) break;
+      begin += t.size();
+    }
+    return n;
+  }
+
+  bool is_special(int id) const { return kind_[size_t(id)] == Kind::special; }
+
+  struct Added {
     size_t at = 0, size = 0;
     int id = -1;
   };
-  // The first spelling of a special token in `text`, the longest that begins there; id -1 if there is none.
-  Special find_special(std::string_view text) const {
+  // The first spelling of an added token in `text`, the longest that begins there; id -1 if there is none. Without
+  // `special`, the spelling of a special token is passed over.
+  Added find_added(std::string_view text, bool special) const {
     for (size_t at = 0; at < text.size(); ++at) {
-      Special longest;
-      auto low = specials_.begin(), high = specials_.end();  // spellings that agree with the text so far
+      Added longest;
+      auto low = added_.begin(), high = added_.end();  // spellings that agree with the text so far
       for (size_t n = 0; at + n < text.size() && low != high; ++n) {
         const unsigned char c = text[at + n];
         auto less = [n](const auto& s, unsigned char c) { return n >= s.first.size() || uint8_t(s.first[n]) < c; };
@@ -95,13 +111,15 @@ class Tokenizer {
         high = std::upper_bound(low, high, c, more);
         if (low != high && low->first.size() == n + 1) longest = {at, n + 1, low->second};
       }
-      if (longest.id >= 0) return longest;
+      if (longest.id >= 0 && (special || !is_special(longest.id))) return longest;
+      if (longest.id >= 0) at += longest.size - 1;
     }
     return {};
   }
 
  private:
   static constexpr uint32_t none = UINT32_MAX;
+  enum class Kind : uint8_t { ordinary, unmatched, added, special };
 
   std::string_view token(size_t id) const {
     return {reinterpret_cast<const char*>(bytes_.data()) + offsets_[id], offsets_[id + 1] - offsets_[id]};
@@ -128,25 +146,38 @@ class Tokenizer {
       patterns_.emplace_back(pattern.get<std::string>());
     }
     ignore_merges_ = ignore;
-    is_special_.assign(vocab_size_, false);
-    for (const auto& s : special) {
+    kind_.assign(vocab_size_, Kind::ordinary);
+    read_added(special, Kind::special, "special token");
+    if (const json added = of("added"); !added.is_null()) read_added(added, Kind::added, "added token");
+    if (const json unmatched = of("unmatched"); !unmatched.is_null()) {
+      if (!unmatched.is_array()) bad_tokenizer("unmatched is no list");
+      for (const auto& id : unmatched) {
+        if (!id.is_number_unsigned() || id.get<uint64_t>() >= vocab_size_) bad_tokenizer("unmatched: no token");
+        if (kind_[size_t(id)] == Kind::ordinary) kind_[size_t(id)] = Kind::unmatched;
+      }
+    }
+    std::sort(added_.begin(), added_.end());
+    for (size_t i = 1; i < added_.size(); ++i)
+      if (added_[i].first == added_[i - 1].first)
+        bad_tokenizer("added tokens " + std::to_string(added_[i - 1].second) + " and " +
+                      std::to_string(added_[i].second) + ": the same spelling");
+  }
+
+  void read_added(const json& list, Kind kind, const std::string& name) {
+    if (!list.is_array()) bad_tokenizer(name + "s are no list");
+    for (const auto& s : list) {
       if (!s.is_array() || s.size() != 2 || !s[0].is_number_unsigned() || !s[1].is_string())
-        bad_tokenizer("special token is no [id, spelling]");
+        bad_tokenizer(name + " is no [id, spelling]");
       const size_t id = s[0];
-      const std::string what = "special token " + std::to_string(id);
+      const std::string what = name + " " + std::to_string(id);
       if (id >= vocab_size_) bad_tokenizer(what + ": outside a vocabulary of " + std::to_string(vocab_size_));
-      if (is_special_[id]) bad_tokenizer(what + ": there twice");
+      if (kind_[id] != Kind::ordinary) bad_tokenizer(what + ": there twice");
       if (token(id).empty() || token(id) != s[1].get_ref<const std::string&>())
         bad_tokenizer(what + ": its spelling is not its bytes");
       if (token(id).size() > 1024) bad_tokenizer(what + ": its spelling is longer than 1024 bytes");
-      is_special_[id] = true;
-      specials_.emplace_back(token(id), int(id));
+      kind_[id] = kind;
+      added_.emplace_back(token(id), int(id));
     }
-    std::sort(specials_.begin(), specials_.end());
-    for (size_t i = 1; i < specials_.size(); ++i)
-      if (specials_[i].first == specials_[i - 1].first)
-        bad_tokenizer("special tokens " + std::to_string(specials_[i - 1].second) + " and " +
-                      std::to_string(specials_[i].second) + ": the same spelling");
   }
 
   // A hash table with open addressing over the arrays below. A slot holds an index, or none; keys are not stored.
@@ -192,13 +223,13 @@ class Tokenizer {
                        [&](uint32_t rank) { return merges_[3 * rank] == left && merges_[3 * rank + 1] == right; });
   }
 
-  // Without special tokens: ordinary text never becomes one.
+  // Without added and unmatched tokens: the merging of ordinary text never makes one.
   void index_tokens() {
     byte_ids_.fill(-1);
     tokens_ = Index(vocab_size_);
     for (size_t id = 0; id < vocab_size_; ++id) {
       const std::string_view t = token(id);
-      if (t.empty() || is_special_[id]) continue;
+      if (t.empty() || kind_[id] != Kind::ordinary) continue;
       uint32_t& slot = tokens_.slots[token_slot(t)];
       if (slot != none)
         bad_tokenizer("tokens " + std::to_string(slot) + " and " + std::to_string(id) + ": the same bytes");
@@ -217,7 +248,7 @@ class Tokenizer {
       for (uint32_t id : {left, right, merged}) {
         if (id >= vocab_size_)
           refuse("id " + std::to_string(id) + " outside a vocabulary of " + std::to_string(vocab_size_));
-        if (is_special_[id]) refuse("token " + std::to_string(id) + " is special");
+        if (kind_[id] != Kind::ordinary) refuse("token " + std::to_string(id) + " is added");
       }
       const std::string_view l = token(left), r = token(right), m = token(merged);
       if (l.empty() || r.empty() || m.size() != l.size() + r.size() || !m.starts_with(l) || !m.ends_with(r))
@@ -288,24 +319,32 @@ class Tokenizer {
   size_t vocab_size_;
   std::vector<SplitPattern> patterns_;
   bool ignore_merges_ = false;
-  std::vector<bool> is_special_;                            // [V]
-  std::vector<std::pair<std::string_view, int>> specials_;  // by spelling
-  std::array<int, 256> byte_ids_;                           // -1: no token
-  Index tokens_, ranks_;                                    // bytes -> id, (left, right) -> row of merges
-  const uint64_t seed_ = std::random_device()();            // no file can choose keys that collide
+  std::vector<Kind> kind_;                               // [V]
+  std::vector<std::pair<std::string_view, int>> added_;  // special or not, by spelling
+  std::array<int, 256> byte_ids_;                        // -1: no token
+  Index tokens_, ranks_;                                 // bytes -> id, (left, right) -> row of merges
+  const uint64_t seed_ = std::random_device()();         // no file can choose keys that collide
 };
 
 // ---- the chat template --------------------------------------------------------------------------------------------
 
-// A chat template, as data. A conversation is
-//   begin, system[0] text system[1], then for every turn  user[0] text user[1] assistant[0] text assistant[1]
-// A mark is text in which the spelling of a special token means that token, and in `system` {date} a date. Content
-// between marks is ordinary text, so no one can forge a turn. The text between two special tokens is tokenised as one
-// string, as Hugging Face's apply_chat_template does, so the ids are equal. The tokenizer must outlive this object.
+// A chat template, as data: the marks that stand before, between and after what people and the model say.
+//   open text generation[0] generation[1] answer          the first turn; with a system text, it begins
+//   system[0] text system[1] text ...                     so; with an empty one, it begins with system_empty
+//   ... text past[0] answer past[1] text generation ...   earlier turns
+// generation[1] is the answer's header, generation[0] closes the turn before it. past[0] may differ from them: a template
+// may open an answer with <think>, and show earlier answers without. A mark is text in which the spelling of a special
+// token means that token, and before the first user text {date} a date. Content is ordinary text, so no one can forge a
+// turn. The text between two special tokens is tokenised as one string, as Hugging Face's apply_chat_template does, so
+// the ids are equal. The tokenizer must outlive this object.
 //
-//   marks_json  {"template": name, "trim": bool, "begin": mark, "system": [mark, mark], "system_default": text or null,
-//          "user": [mark, mark], "assistant": [mark, mark], "date_default": text or null}
-//         trim: texts lose white space at both ends. system_default null: without a system text there is no such turn.
+//   marks_json  {"template": name, "trim": {"system": side, "after_system": side, "user": side, "assistant": side},
+//          "open": mark, "system": [mark, mark] or null, "system_empty": mark or null, "generation": [mark, mark],
+//          "past": [mark, mark], "date_default": text or null}
+//         trim: at which side texts lose white space: none, left, right, both; after_system: a first user text after a
+//         system text. system null: it takes no system text.
+//   The older form is read as well: {"template": name, "trim": bool, "begin": mark, "system": [mark, mark],
+//          "system_default": text or null, "user": [mark, mark], "assistant": [mark, mark], "date_default": text or null}
 class ChatTemplate {
  public:
   ChatTemplate(std::string_view marks_json, const Tokenizer& tokenizer) : tokenizer_(&tokenizer) {
@@ -313,92 +352,143 @@ class ChatTemplate {
     name_ = text(j, "template");
     if (std::any_of(name_.begin(), name_.end(), [](unsigned char c) { return c < 0x20 || c == 0x7F; }))
       bad("template holds a control character");
-    if (!j.contains("trim") || !j["trim"].is_boolean()) bad("trim is no boolean");
-    trim_ = j["trim"];
-    begin_ = text(j, "begin");
-    system_ = marks(j, "system"), user_ = marks(j, "user"), assistant_ = marks(j, "assistant");
-    system_default_ = text_or_null(j, "system_default"), date_default_ = text_or_null(j, "date_default");
-    // A turn must begin with a special token, so that its ids do not depend on the text before it.
-    for (const std::string& mark : {system_[0], user_[0], assistant_[0], assistant_[1]})
-      if (const auto s = tokenizer.find_special(mark); s.id < 0 || s.at != 0)
-        bad("a turn does not begin with a special token");
-    if (!begin_.empty())
-      if (const auto s = tokenizer.find_special(begin_); s.id < 0 || s.size != begin_.size())
-        bad("begin is no special token");
-    shows_date_ = system_[0].find(date_) != std::string::npos || system_[1].find(date_) != std::string::npos;
+    if (!j.contains("trim")) bad("trim is missing");
+    date_default_ = text_or_null(j, "date_default");
+    if (j["trim"].is_boolean()) {
+      read_older(j);
+    } else {
+      const json& trim = j["trim"];
+      trim_ = {side(trim, "system"), side(trim, "after_system"), side(trim, "user"), side(trim, "assistant")};
+      open_ = text(j, "open");
+      takes_system_ = !j.contains("system") || !j["system"].is_null();
+      if (takes_system_) system_ = marks(j, "system");
+      system_empty_ = text_or_null(j, "system_empty");
+      generation_ = marks(j, "generation"), past_ = marks(j, "past");
+    }
+    for (const std::string& mark : {open_, system_[0], system_[1], system_empty_.value_or("")})
+      shows_date_ = shows_date_ || mark.find(date_) != std::string::npos;
     if (shows_date_ && !date_default_) bad("date_default is missing");
+    if (const auto s = tokenizer.find_added(past_[1], true); s.id >= 0 && s.at == 0 && tokenizer.is_special(s.id))
+      stop_ = s.id;
   }
 
   const std::string& name() const { return name_; }
 
-  // From the start through the end of the first user turn: the prompt.
-  std::vector<int> first(const std::optional<std::string>& system, std::string_view user,
-                         const std::optional<std::string>& date) const {
-    if (date && !shows_date_) throw Error(2, "--date", "this model's chat template shows none", "leave it out");
+  // The special token that closes the model's turn, which therefore ends its answer; -1 if it is closed by text.
+  int stop() const { return stop_; }
+
+  // What the model is to process next. ids[0, split) are prompt tokens; the header of the answer follows, and the text
+  // that the answer must begin with.
+  struct Turn {
+    std::vector<int> ids;
+    size_t split = 0;
+  };
+
+  // A conversation from its start.
+  Turn first(const std::optional<std::string>& system, std::string_view user, const std::optional<std::string>& date,
+             std::string_view prefix = "") const {
     Ids ids(*tokenizer_);
-    ids.mark(begin_);
-    if (const auto& shown = system ? system : system_default_) {
-      const std::string day = date.value_or(date_default_.value_or(""));
-      dated(ids, system_[0], day);
-      ids.text(trimmed(*shown));
-      dated(ids, system_[1], day);
-    }
-    turn(ids, user_, user);
-    return ids.finish();
+    return ask(ids, user, begin(ids, system, date), prefix);
   }
 
   // A later user turn. Begins with what closes the assistant's turn before it, end token included.
-  std::vector<int> next(std::string_view user) const {
+  Turn next(std::string_view user, std::string_view prefix = "") const {
     Ids ids(*tokenizer_);
-    ids.mark(assistant_[1]);
-    turn(ids, user_, user);
-    return ids.finish();
+    ids.mark(past_[1]);
+    return ask(ids, user, trim_.user, prefix);
   }
 
-  // The assistant header, and the text that the answer must begin with.
-  std::vector<int> answer(std::string_view prefix) const {
+  // A conversation with earlier turns: user, answer, ..., user.
+  Turn whole(const std::optional<std::string>& system, std::span<const std::string> turns,
+             const std::optional<std::string>& date, std::string_view prefix = "") const {
     Ids ids(*tokenizer_);
-    ids.mark(assistant_[0]);
-    ids.text(trimmed(prefix));
-    return ids.finish();
+    Trim sides = begin(ids, system, date);
+    for (size_t i = 0; i + 2 < turns.size(); i += 2) {
+      ids.text(trimmed(turns[i], std::exchange(sides, trim_.user)));
+      ids.mark(past_[0]);
+      ids.text(trimmed(turns[i + 1], trim_.assistant));
+      ids.mark(past_[1]);
+    }
+    return ask(ids, turns.back(), sides, prefix);
+  }
+
+  // The most tokens that the header of an answer takes. Where it begins with text, a neighbour may change its first.
+  size_t header_size() const {
+    const Turn turn = next("");
+    return turn.ids.size() - turn.split + (tokenizer_->is_special(turn.ids[turn.split]) ? 0 : 4);
   }
 
  private:
   using Marks = std::array<std::string, 2>;
+  enum class Trim { none, left, right, both };
 
   // Collects marks and texts, and tokenises each stretch between two special tokens as one string.
   class Ids {
    public:
     explicit Ids(const Tokenizer& t) : tokenizer_(t) {}
     void mark(std::string_view mark) {
-      for (Tokenizer::Special s; (s = tokenizer_.find_special(mark)).id >= 0; mark.remove_prefix(s.at + s.size)) {
-        text(mark.substr(0, s.at));
+      for (Tokenizer::Added a; (a = tokenizer_.find_added(mark, true)).id >= 0; mark.remove_prefix(a.at + a.size)) {
+        if (!tokenizer_.is_special(a.id)) {  // the stretch that it is in will be searched for it
+          text(mark.substr(0, a.at + a.size));
+          continue;
+        }
+        text(mark.substr(0, a.at));
         flush();
-        ids_.push_back(s.id);
+        turn_.ids.push_back(a.id);
       }
       text(mark);
     }
     void text(std::string_view text) { pending_ += text; }
-    std::vector<int> finish() {
+    void split() { split_at_ = pending_.size(); }
+    Turn finish() {
       flush();
-      return std::move(ids_);
+      if (turn_.split == turn_.ids.size() && turn_.split > 0) --turn_.split;  // one token must make the logits
+      return std::move(turn_);
     }
 
    private:
     void flush() {
       const std::vector<int> more = tokenizer_.encode(pending_, false);
-      ids_.insert(ids_.end(), more.begin(), more.end());
-      pending_.clear();
+      if (split_at_) turn_.split = turn_.ids.size() + tokenizer_.tokens_before(pending_, more, *split_at_);
+      turn_.ids.insert(turn_.ids.end(), more.begin(), more.end());
+      pending_.clear(), split_at_.reset();
     }
     const Tokenizer& tokenizer_;
     std::string pending_;
-    std::vector<int> ids_;
+    std::optional<size_t> split_at_;  // in pending_
+    Turn turn_;
   };
 
-  void turn(Ids& ids, const Marks& marks, std::string_view content) const {
-    ids.mark(marks[0]);
-    ids.text(trimmed(content));
-    ids.mark(marks[1]);
+  // All before the first user text. Returns at which sides that is trimmed.
+  Trim begin(Ids& ids, const std::optional<std::string>& system, const std::optional<std::string>& date) const {
+    if (date && !shows_date_) throw Error(2, "--date", "this model's chat template shows none", "leave it out");
+    const std::string day = date.value_or(date_default_.value_or(""));
+    if (!system) {
+      dated(ids, open_, day);
+      return trim_.user;
+    }
+    if (!takes_system_)
+      throw Error(2, "--system", "this model's chat template takes none", "say it in the user's text");
+    const std::string_view shown = trimmed(*system, trim_.system);
+    if (shown.empty() && system_empty_) {
+      dated(ids, *system_empty_, day);
+      return trim_.user;
+    }
+    dated(ids, system_[0], day);
+    ids.text(shown);
+    dated(ids, system_[1], day);
+    return trim_.after_system;
+  }
+
+  // The user's text, then where the answer begins. A template without a header for it: all that follows the text.
+  Turn ask(Ids& ids, std::string_view user, Trim sides, std::string_view prefix) const {
+    ids.text(trimmed(user, sides));
+    if (generation_[1].empty()) ids.split();
+    ids.mark(generation_[0]);
+    if (!generation_[1].empty()) ids.split();
+    ids.mark(generation_[1]);
+    ids.text(trimmed(prefix, trim_.assistant));
+    return ids.finish();
   }
 
   // A mark with a date in place of every {date}; the date is text, not a mark.
@@ -411,9 +501,8 @@ class ChatTemplate {
   }
 
   // As Python's str.strip, which templates call: Unicode's white space and the four ASCII separators U+001C to U+001F.
-  std::string_view trimmed(std::string_view s) const {
+  static std::string_view trimmed(std::string_view s, Trim sides) {
     require_utf8(s);
-    if (!trim_) return s;
     auto blank = [](std::string_view character) {
       char32_t c = static_cast<unsigned char>(character[0]);
       if (character.size() > 1) c &= 0x7Fu >> character.size();
@@ -428,8 +517,10 @@ class ChatTemplate {
       while (at > 0 && (s[at] & 0xC0) == 0x80) --at;
       return s.substr(at);
     };
-    while (!s.empty() && blank(first_character(s))) s.remove_prefix(first_character(s).size());
-    while (!s.empty() && blank(last_character(s))) s.remove_suffix(last_character(s).size());
+    if (sides == Trim::left || sides == Trim::both)
+      while (!s.empty() && blank(first_character(s))) s.remove_prefix(first_character(s).size());
+    if (sides == Trim::right || sides == Trim::both)
+      while (!s.empty() && blank(last_character(s))) s.remove_suffix(last_character(s).size());
     return s;
   }
 
@@ -456,12 +547,39 @@ class ChatTemplate {
     return {checked(j[key][0], key), checked(j[key][1], key)};
   }
 
+  static Trim side(const json& trim, const char* role) {
+    const auto given = trim.is_object() && trim.contains(role) ? trim[role] : json();
+    const std::array<const char*, 4> sides = {"none", "left", "right", "both"};
+    for (size_t i = 0; i < sides.size(); ++i)
+      if (given == sides[i]) return Trim(i);
+    bad(std::string("trim has no side for ") + role);
+  }
+
+  // A turn here is user[0] text user[1] or assistant[0] text assistant[1], and a system turn may come first.
+  void read_older(const json& j) {
+    const Trim sides = j["trim"] ? Trim::both : Trim::none;
+    trim_ = {sides, sides, sides, sides};
+    const std::string begin = text(j, "begin");
+    const Marks system = marks(j, "system"), user = marks(j, "user"), assistant = marks(j, "assistant");
+    const std::optional<std::string> system_default = text_or_null(j, "system_default");
+    open_ = begin;
+    if (system_default) open_ += system[0] + std::string(trimmed(*system_default, sides)) + system[1];
+    open_ += user[0];
+    system_ = {begin + system[0], system[1] + user[0]};
+    generation_ = {user[1], assistant[0]};
+    past_ = {user[1] + assistant[0], assistant[1] + user[0]};
+  }
+
   static constexpr std::string_view date_ = "{date}";
   const Tokenizer* tokenizer_;
-  std::string name_, begin_;
-  bool trim_ = false, shows_date_ = false;
-  Marks system_, user_, assistant_;
-  std::optional<std::string> system_default_, date_default_;
+  std::string name_, open_;
+  struct {
+    Trim system, after_system, user, assistant;
+  } trim_{};
+  bool shows_date_ = false, takes_system_ = true;
+  Marks system_, generation_, past_;
+  std::optional<std::string> system_empty_, date_default_;
+  int stop_ = -1;
 };
 
 }  // namespace speed

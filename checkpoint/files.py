@@ -14,7 +14,8 @@ from .failure import Failure, damaged, unsupported
 # Limit of a JSON file and of a header, in bytes. It is four times Llama 3's tokenizer.json. Hostile JSON of that size
 # takes Python 2 GB, which most machines have.
 JSON_LIMIT = 64 << 20
-WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+WIDTH |= {f"{sign}{8 * width}": width for sign in "IU" for width in (1, 2, 4, 8)}
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
 
 
@@ -34,6 +35,7 @@ class Checkpoint(NamedTuple):
     tokenizer: object  # a tokenizer.Tokenizer
     tensors: dict  # Hugging Face's name -> Weight
     extra: dict  # name -> array, copied to the exported file unchanged
+    files: list  # the names of the files that were read, the weights first
 
 
 class TensorInfo(NamedTuple):
@@ -160,6 +162,13 @@ class Safetensors(Reader):
             return self.read(begin + a * width, begin + b * width).view(STORED[dtype]).reshape(b - a, *shape[1:])
 
         return rows
+
+
+def is_parameter(name):
+    """Whether a tensor of this name takes part in a computation. The others are buffers that old versions of
+    transformers saved, such as rotary tables and masks: they follow from the config."""
+    mask = name.endswith(("attn.bias", "attention.bias"))
+    return "lora" in name or (name.endswith((".weight", ".bias")) and not mask)
 
 
 def is_naturals(value):

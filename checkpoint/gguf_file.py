@@ -16,12 +16,13 @@ from .tokenizer import DIGIT, GPT2_SPLIT, LLAMA3_SPLIT, Tokenizer
 
 # tokenizer.ggml.pre -> (split patterns, ignore_merges), as in llama.cpp's llama-vocab.cpp
 GGUF_SPLIT = {
-    "gpt-2": ([GPT2_SPLIT], False),
-    "smollm": ([DIGIT, GPT2_SPLIT], False),
-    "llama-bpe": ([LLAMA3_SPLIT], True),
-    "llama3": ([LLAMA3_SPLIT], True),
-    "llama-v3": ([LLAMA3_SPLIT], True),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), ([GPT2_SPLIT], False)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), ([DIGIT, GPT2_SPLIT], False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), ([LLAMA3_SPLIT], True)),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), ([LLAMA3_SPLIT], False)),
 }
+# Control tokens by which a file without tokenizer.ggml.pre shows that it has Llama 3's vocabulary.
+LLAMA3_TOKENS = {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 GGUF_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -89,6 +90,8 @@ class Gguf(Reader):
         if self.head[:4] != b"GGUF":
             raise self.bad("does not begin with GGUF")
         _, version, n_tensors, n_values = self.take("IIQQ")
+        if version in (2 << 24, 3 << 24):
+            raise unsupported("big-endian GGUF", path)
         if version not in (2, 3):
             raise self.bad(f"GGUF version {version}, expected 2 or 3")
         self.values = {}
@@ -205,8 +208,6 @@ def gguf_config(values, path):
 
     if field("general.architecture") != "llama":
         raise unsupported(f"the architecture {field('general.architecture')!r}", path)
-    if (field("split.count") or 1) != 1:
-        raise unsupported("a GGUF in several parts", path)
     config = {ours: read(key) for key, ours in GGUF_CONFIG.items() if key in GGUF_NEEDED or field(key) is not None}
     config = {"vocab_size": len(field("tokenizer.ggml.tokens")), "bos_token_id": None, **config}
     stops = [field(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
@@ -216,8 +217,13 @@ def gguf_config(values, path):
         if field(key) not in (None, same):
             raise unsupported(f"{key} {field(key)} beside heads of {head_dim}", path)
     known = {*GGUF_CONFIG, "llama.attention.value_length", "llama.rope.dimension_count"}
+    unscaled = field("llama.rope.scaling.type") == "none" or (
+        field("llama.rope.scaling.type") in (None, "linear") and field("llama.rope.scaling.factor") in (None, 0, 1)
+    )
     for key in values:
-        off = key.startswith(("llama.expert", "llama.rope.scaling")) and field(key) in (0, "none", False)
+        off = key.startswith("llama.expert") and field(key) in (0, False)
+        off = off or (key.startswith("llama.rope.scaling") and unscaled)
+        off = off or (key == "llama.rope.scale_linear" and field(key) == 1)
         if key.startswith("llama.") and key not in known and not off:
             raise unsupported(f"{key} ({field(key)!r})", path)
     return config
@@ -228,25 +234,58 @@ def gguf_tokenizer(values, path):
     if field("tokenizer.ggml.model") != "gpt2":
         raise unsupported(f"a tokenizer of type {field('tokenizer.ggml.model')!r}", path)
     pre = field("tokenizer.ggml.pre")
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    normal, control, user, unused = 1, 3, 4, 5  # gguf.TokenType
+    if pre in (None, "default") and {t for t, k in zip(tokens, kinds, strict=False) if k == control} >= LLAMA3_TOKENS:
+        pre = "llama-bpe"
     if pre not in GGUF_SPLIT:
         raise unsupported(f"the pre-tokenizer {pre!r}", path)
     if field("tokenizer.ggml.add_space_prefix"):
         raise unsupported("tokenizer.ggml.add_space_prefix", path)
-    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    normal, control, user, unused = 1, 3, 4, 5  # gguf.TokenType
     if set(kinds) - {normal, control, user, unused}:
         raise unsupported(f"a token type among {sorted(set(kinds))}", path)
     vocab = {t: i for i, t in enumerate(tokens) if kinds[i] == normal}
-    special = {i: t for i, t in enumerate(tokens) if kinds[i] in (control, user)}
+    special, plain = ({i: t for i, t in enumerate(tokens) if kinds[i] == kind} for kind in (control, user))
     merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
     if len(kinds) != len(tokens) or len(vocab) != kinds.count(normal) or any(len(merge) != 2 for merge in merges):
         raise Failure(f"{path}: token types, tokens or merges do not fit together; get the file again")
     split, ignore_merges = GGUF_SPLIT[pre]
-    bos, eos = (
-        tokens[i] if type(i) is int and 0 <= i < len(tokens) else None
-        for i in (field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id"))
-    )
-    return Tokenizer(vocab, merges, special, split, ignore_merges, field("tokenizer.chat_template"), bos, eos)
+    names = {}
+    for name in ("bos", "eos", "unknown", "seperator", "padding", "cls", "mask"):  # spelt so in GGUF
+        i = field(f"tokenizer.ggml.{name}_token_id")
+        short = {"unknown": "unk", "seperator": "sep", "padding": "pad"}.get(name, name)
+        if type(i) is int and 0 <= i < len(tokens):
+            names[f"{short}_token"] = tokens[i]
+    return Tokenizer(vocab, merges, special, plain, split, ignore_merges, field("tokenizer.chat_template"), names)
+
+
+def gguf_parts(path, gguf):
+    """(metadata, tensor name -> Gguf that holds it, the paths). A checkpoint in several files, NAME-00001-of-00003.gguf
+    and so on, is read whole, whichever of them is named."""
+    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    paths = [path]
+    if named and 1 < int(named[3]) <= 1000:
+        paths = [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[3]}.gguf") for i in range(int(named[3]))]
+    where, files = {}, []
+    for i, part in enumerate(paths):
+        if not part.is_file():
+            raise Failure(f"{part}: no such file, but it is a part of the checkpoint; get all {len(paths)} parts")
+        file = Gguf(part, gguf)
+        count, number = file.values.get("split.count", 0), file.values.get("split.no", 0)
+        if (count or 1) != len(paths) or number != i:
+            raise Failure(
+                f"{part}: part {number!r} of {count!r} by its header, {i} of {len(paths)} by its name; "
+                "give all parts their own names, as they were published"
+            )
+        for name in file.tensors:
+            if name in where:
+                raise Failure(f"{part}: {name} is in two parts; get the parts again")
+            where[name] = file
+        files.append(file)
+    expected = files[0].values.get("split.tensors.count")
+    if len(paths) > 1 and expected != len(where):
+        raise Failure(f"{path}: the parts hold {len(where)} tensors, expected {expected!r}; get the parts again")
+    return files[0].values, where, paths
 
 
 def read_gguf(path, tokenizer_only):
@@ -254,10 +293,10 @@ def read_gguf(path, tokenizer_only):
         import gguf
     except ImportError:
         raise Failure("gguf: not installed, and a GGUF file needs it; pip install gguf") from None
-    file = Gguf(path, gguf)
-    config, tokenizer = gguf_config(file.values, path), gguf_tokenizer(file.values, path)
+    values, where, paths = gguf_parts(path, gguf)
+    config, tokenizer = gguf_config(values, path), gguf_tokenizer(values, path)
     tensors, extra = {}, {}
-    for name in [] if tokenizer_only else file.tensors:
+    for name, file in [] if tokenizer_only else where.items():
         shape = file.tensors[name].shape
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
         other = re.fullmatch(r"(\w+)\.weight", name)
@@ -279,4 +318,4 @@ def read_gguf(path, tokenizer_only):
             raise Failure(f"{path}: {name} is there twice; get the file again")
         tensors[ours] = Weight(shape, file.rows(name, head_dim))
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    return Checkpoint(config, {}, tokenizer, tensors, extra)
+    return Checkpoint(config, {}, tokenizer, tensors, extra, [part.name for part in paths])

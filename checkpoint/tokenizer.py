@@ -11,6 +11,7 @@ import numpy as np
 from .chat import read_template
 from .failure import Failure, unsupported
 from .files import is_naturals, read_json
+from .pattern import check_pattern
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
@@ -63,8 +64,10 @@ def split_patterns(pre_tokenizer):
                 raise refuse(part)
             if part.get("use_regex", True):
                 patterns.append(GPT2_SPLIT)
-            if len(patterns) > 16 or any(not 0 < len(p.encode()) <= 4096 for p in patterns):
-                raise unsupported("more than 16 split patterns, or one longer than 4096 bytes", "tokenizer.json")
+            if len(patterns) > 16:
+                raise unsupported("more than 16 split patterns", "tokenizer.json")
+            for pattern in patterns:
+                check_pattern(pattern)
             return patterns
         else:
             raise refuse(part)
@@ -72,15 +75,31 @@ def split_patterns(pre_tokenizer):
 
 
 class Tokenizer:
-    """Byte-level BPE. vocab: token in byte letters -> id. merges: pairs of tokens, by rank. special: id -> text of the
-    tokens that are matched in text before BPE. bos, eos: a token's text or None, for the chat template."""
+    """Byte-level BPE.
 
-    def __init__(self, vocab, merges, special, split, ignore_merges, template, bos, eos):
-        self.vocab, self.merges, self.special, self.split = vocab, merges, special, split
-        self.ignore_merges, self.template, self.bos, self.eos = ignore_merges, template, bos, eos
+    vocab: token in byte letters -> id
+    merges: pairs of tokens, by rank
+    special: id -> text of the tokens that text becomes only where that is asked for
+    plain: id -> text of the added tokens that text always becomes
+    names: "bos_token" and so on -> text, for the chat template
+    """
+
+    def __init__(self, vocab, merges, special, plain, split, ignore_merges, template, names):
+        self.vocab, self.merges, self.special, self.plain = vocab, merges, special, plain
+        self.split, self.ignore_merges, self.template, self.names = split, ignore_merges, template, names
+
+    def added(self):
+        """spelling of an added token -> whether it is special"""
+        return {**dict.fromkeys(self.plain.values(), False), **dict.fromkeys(self.special.values(), True)}
 
     def size(self):
-        return 1 + max([*self.vocab.values(), *self.special], default=-1)
+        return 1 + max([*self.vocab.values(), *self.special, *self.plain], default=-1)
+
+    def id_of(self, name):
+        """The id of "bos_token" or "eos_token", or None."""
+        text = self.names.get(name)
+        ids = [i for i, t in {**self.plain, **self.special}.items() if t == text]
+        return ids[0] if ids else self.vocab.get(text)
 
     def tensors(self, vocab_size):
         """The tensors tokenizer.bytes, tokenizer.offsets and tokenizer.merges."""
@@ -88,20 +107,21 @@ class Tokenizer:
             raise Failure(f"tokenizer: has {self.size()} tokens, vocab_size is {vocab_size}; use the checkpoint's own")
         letters = byte_letters()
         spelling = [b""] * vocab_size
+        unmatched = set(self.unmatched())
         for token, i in self.vocab.items():
-            try:
-                spelling[i] = bytes(letters[c] for c in token)
-            except KeyError:  # BPE never makes this token; Hugging Face decodes it to its text
-                spelling[i] = token.encode()
-        ordinary = [spelling[i] for i in self.vocab.values() if i not in self.special and spelling[i]]
+            spelling[i] = token.encode() if i in unmatched else bytes(letters[c] for c in token)
+        added = {**self.plain, **self.special}
+        ordinary = [spelling[i] for i in self.vocab.values() if i not in added and i not in unmatched and spelling[i]]
         if len(set(ordinary)) != len(ordinary):
             raise Failure("tokenizer: two tokens have the same bytes; get the file again")
-        for i, text in self.special.items():
+        for i, text in {**self.plain, **self.special}.items():
             spelling[i] = text.encode()
             if len(spelling[i]) > 1024:
                 raise Failure(f"tokenizer: the added token {i} is longer than 1024 bytes; get the file again")
-        merges = np.empty((len(self.merges), 3), np.uint32)
-        for rank, (left, right) in enumerate(self.merges):
+        # A merge of a token that no text becomes never happens.
+        joined = [merge for merge in self.merges if not any(self.vocab.get(t) in unmatched for t in merge)]
+        merges = np.empty((len(joined), 3), np.uint32)
+        for rank, (left, right) in enumerate(joined):
             what = f"tokenizer: merge {rank} ({left!r}, {right!r})"
             try:
                 merges[rank] = a, b, ab = self.vocab[left], self.vocab[right], self.vocab[left + right]
@@ -109,7 +129,7 @@ class Tokenizer:
                 raise Failure(f"{what}: {error} is no token; get the file again") from None
             if not spelling[a] or not spelling[b] or spelling[ab] != spelling[a] + spelling[b]:
                 raise Failure(f"{what}: does not join the bytes of two tokens; get the file again")
-            if self.special.keys() & {a, b, ab}:
+            if added.keys() & {a, b, ab}:
                 raise Failure(f"{what}: holds an added token; get the file again")
         if len(set(self.merges)) != len(self.merges):
             raise Failure("tokenizer: a merge appears twice; get the file again")
@@ -122,20 +142,39 @@ class Tokenizer:
             "tokenizer.bytes": np.frombuffer(b"".join(spelling), np.uint8),
         }
 
+    def unmatched(self):
+        """The ids of tokens that are not written in byte letters. BPE never makes them, and Hugging Face decodes them
+        to their text."""
+        letters = byte_letters().keys()
+        return sorted(i for token, i in self.vocab.items() if not letters >= set(token))
+
+    def leave_out_beyond(self, vocab_size):
+        """Leaves out added tokens that no row of the embedding has. Returns their spellings."""
+        beyond = [(added, i) for added in (self.plain, self.special) for i in added if i >= vocab_size]
+        return [added.pop(i) for added, i in beyond]
+
     def metadata(self):
+        added, unmatched = [[i, text] for i, text in sorted(self.plain.items())], self.unmatched()
         return {
             "split": self.split,
             "ignore_merges": self.ignore_merges,
             "special": [[i, text] for i, text in sorted(self.special.items())],
+            **({"added": added} if added else {}),
+            **({"unmatched": unmatched} if unmatched else {}),
         }
 
 
-def added_tokens(data, settings):
-    """id -> text of the added tokens in tokenizer.json and tokenizer_config.json. Hugging Face matches all of them in
-    text, special or not."""
-    more = settings.get("added_tokens_decoder") or {}
-    added, ids, normalized = {}, {}, 0
-    for token in [*(data.get("added_tokens") or []), *({**t, "id": int(i)} for i, t in more.items())]:
+def overlap(a, b):
+    """Whether the two texts can share characters in a longer one."""
+    short = min(len(a), len(b))
+    return a in b or b in a or any(a[-n:] == b[:n] or b[-n:] == a[:n] for n in range(1, short))
+
+
+def added_tokens(tokens):
+    """(special, plain): id -> text of the added tokens, which are matched in text before BPE. Special is a token if it
+    is so wherever it is listed."""
+    added, ids, special, normalized = {}, {}, set(), 0
+    for token in tokens:
         text, i = token["content"], token["id"]
         if not isinstance(text, str) or not text or not is_naturals([i]):
             raise Failure(f"tokenizer: added token {token!r} has no content or no id; get the files again")
@@ -144,20 +183,56 @@ def added_tokens(data, settings):
                 raise unsupported(f"{flag} on the added token {text!r}", "tokenizer")
         if added.get(i, text) != text or ids.get(text, i) != i:
             raise Failure(f"tokenizer: added token {text!r} clashes with another one at id {i}; get the files again")
+        if token.get("special"):
+            special.add(i)
         if token.get("normalized"):
+            # Hugging Face matches these after the others.
             normalized += 1
             if normalized > 1000:  # each is compared with all others
                 raise unsupported("normalized on more than 1000 added tokens", "tokenizer")
-            if any(text in t or t in text for j, t in added.items() if j != i):
+            if any(overlap(text, t) for j, t in added.items() if j != i):
                 raise unsupported(f"normalized on the added token {text!r}, which overlaps another,", "tokenizer")
         added[i], ids[text] = text, i
-    return added
+    return {i: t for i, t in added.items() if i in special}, {i: t for i, t in added.items() if i not in special}
+
+
+def read_settings(folder, own):
+    """(tokenizer_config.json with the older files that transformers reads beside it, the added tokens, those of
+    tokenizer.json, `own`, first, and the names of the files read). special_tokens_map.json and added_tokens.json count
+    only where tokenizer_config.json has no added_tokens_decoder."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    settings, older, added = (read_json(folder / name, required=False) for name in names)
+    files = [name for name in names if (folder / name).is_file()]
+    if "added_tokens_decoder" in settings:
+        files = [name for name in files if name == "tokenizer_config.json"]
+        more = settings["added_tokens_decoder"] or {}
+        return settings, [*own, *({**t, "id": int(i)} for i, t in more.items())], files
+    settings = {**settings, **older}
+    special = {special_text(settings[key]) for key in SPECIAL_NAMES if settings.get(key)}
+    special |= {special_text(t) for t in settings.get("additional_special_tokens") or []}
+    known = {token["id"] for token in own}
+    tokens = [
+        {"content": text, "id": i, "special": text in special, "normalized": text not in special}
+        for text, i in added.items()
+        if i not in known
+    ]
+    return settings, [*own, *tokens], files
+
+
+SPECIAL_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
+
+def special_text(token):
+    """A special token's text. It is written as text or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def read_tokenizer(folder):
-    """The Tokenizer in tokenizer.json and tokenizer_config.json. A feature that would change ids is refused by name."""
+    """(the Tokenizer in tokenizer.json and the files beside it, the names of the files read). A feature that would
+    change ids is refused by name."""
     path = folder / "tokenizer.json"
-    data, settings = read_json(path), read_json(folder / "tokenizer_config.json", required=False)
+    data = read_json(path)
+    settings, added, files = read_settings(folder, data.get("added_tokens") or [])
     model = data["model"]
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise unsupported(f"a tokenizer of type {component_name(model)}", path)
@@ -182,22 +257,24 @@ def read_tokenizer(folder):
     for rank, merge in enumerate(merges):
         if len(merge) != 2:
             raise Failure(f"{path}: merge {rank} is not a pair of tokens; get the file again")
-    special = added_tokens(data, settings)
+    special, plain = added_tokens(added)
     at = {i: token for token, i in vocab.items()}
-    for i, text in special.items():
+    for i, text in {**special, **plain}.items():
         if vocab.get(text, i) != i or at.get(i, text) != text:
             raise Failure(f"{path}: added token {text!r} and token {i} of the vocabulary clash; get the file again")
     if model.get("unk_token") is not None and not set(byte_letters()) <= set(vocab):
         raise unsupported("an unk_token for bytes that have no token", path)
-    # Each is a string, or an object with the added token.
-    bos, eos = (t.get("content") if isinstance(t, dict) else t for t in map(settings.get, ("bos_token", "eos_token")))
-    return Tokenizer(
+    names = {name: special_text(settings.get(name)) for name in SPECIAL_NAMES}
+    template, template_file = read_template(folder, settings)
+    tokenizer = Tokenizer(
         vocab,
         merges,
         special,
+        plain,
         split_patterns(data.get("pre_tokenizer")),
         bool(model.get("ignore_merges")),
-        read_template(folder, settings),
-        bos,
-        eos,
+        template,
+        {name: text for name, text in names.items() if text is not None},
     )
+    used = ["tokenizer.json", *files]
+    return tokenizer, used if template is None or template_file in used else [*used, template_file]

@@ -48,11 +48,9 @@ class Conversation {
     if (const size_t bad = first_invalid_utf8(text); bad != std::string::npos)
       throw Error(2, "this line", "not UTF-8 at byte " + std::to_string(bad), "type it again; this line was ignored");
     Request r{unprocessed_, 0};
-    const std::vector<int> user = started_ ? chat_.next(text) : chat_.first(o_.system, text, o_.date);
-    r.ids.insert(r.ids.end(), user.begin(), user.end());
-    r.split = r.ids.size();
-    const std::vector<int> header = chat_.answer("");
-    r.ids.insert(r.ids.end(), header.begin(), header.end());
+    const ChatTemplate::Turn turn = started_ ? chat_.next(text) : chat_.first(o_.system, text, o_.date);
+    r.split = r.ids.size() + turn.split;
+    r.ids.insert(r.ids.end(), turn.ids.begin(), turn.ids.end());
     const size_t used = engine_->position();
     if (used + r.ids.size() >= context_)
       throw Error(2, "context",
@@ -75,7 +73,7 @@ class Conversation {
     // The last generated token was not fed back. If it is a stop token, chat_.next() adds it again; if not, it goes in
     // front of the next turn.
     unprocessed_.clear();
-    const auto& stops = model_.config.eos;
+    const std::vector<int> stops = stop_ids(model_, true);
     if (std::find(stops.begin(), stops.end(), a.ids.back()) == stops.end()) unprocessed_ = {a.ids.back()};
     if (a.ids.size() == room)
       note("the context of " + std::to_string(context_) + " tokens is full; /reset starts anew");
@@ -112,8 +110,7 @@ class Conversation {
   // Under SPEED an upper layer holds one turn's answer, or with --keep-answers all of them.
   void restart(bool banner = false) {
     engine_.reset();
-    const size_t decode =
-        o_.keep_answers ? context_ : std::min<size_t>(context_, chat_.answer("").size() + size_t(o_.n));
+    const size_t decode = o_.keep_answers ? context_ : std::min<size_t>(context_, chat_.header_size() + size_t(o_.n));
     engine_.reset(new Engine<B>(make_engine(model_, policy_, context_, decode, o_, backend_, banner)));
   }
 

@@ -23,7 +23,9 @@ int run_info(const Options& o, json&) {
   line("BoS id", c.bos >= 0 ? json(c.bos) : json(), c.bos >= 0 ? std::to_string(c.bos) : "none");
   line("stop ids", c.eos);
   line("chat template", model.chat ? json(model.chat->name()) : json(),
-       model.chat ? model.chat->name() : "none that is known");
+       model.chat                   ? model.chat->name()
+       : model.chat_refused.empty() ? "none"
+                                    : "none: " + model.chat_refused);
   if (!c.tokenizer_only) {
     line("parameters", model.parameters, fixed(double(model.parameters) / 1e6, 2) + " M");
     line("layers", s.n_layers);

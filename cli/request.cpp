@@ -42,17 +42,25 @@ std::string read_text(const Options& o) {
   return text;
 }
 
-static std::vector<int> plain_ids(const Model& model, const std::string& text) {
-  std::vector<int> ids;
-  if (model.config.bos >= 0) ids.push_back(model.config.bos);
-  const std::vector<int> more = model.tokenizer->encode(text, false);
-  ids.insert(ids.end(), more.begin(), more.end());
+static std::vector<int> plain_ids(const Model& model, const std::string& text, bool special) {
+  std::vector<int> ids = model.tokenizer->encode(text, special);
+  const int bos = model.config.bos;
+  if (bos >= 0 && !(special && !ids.empty() && ids[0] == bos)) ids.insert(ids.begin(), bos);
+  return ids;
+}
+
+std::vector<int> stop_ids(const Model& model, bool chat) {
+  std::vector<int> ids = model.config.eos;
+  if (chat && model.chat && model.chat->stop() >= 0) ids.push_back(model.chat->stop());
   return ids;
 }
 
 const ChatTemplate& chat_template(const Model& model) {
   if (!model.chat)
-    throw Error(2, "--chat", "this model's chat template is none that is known", "leave it out: plain text works");
+    throw Error(2, "--chat",
+                model.chat_refused.empty() ? "this model has no chat template"
+                                           : "this model's chat template: " + model.chat_refused,
+                "leave it out: plain text works, and with generate --special it may hold turn marks");
   return *model.chat;
 }
 
@@ -61,11 +69,9 @@ Request make_request(const Options& o, const Model& model) {
   if (text.empty()) throw Error(2, "prompt", "it is empty", "give some text");
   Request r;
   if (o.chat) {
-    const ChatTemplate& chat = chat_template(model);
-    r.ids = chat.first(o.system, text, o.date);
-    r.split = r.ids.size();
-    const std::vector<int> header = chat.answer(o.answer_prefix);
-    r.ids.insert(r.ids.end(), header.begin(), header.end());
+    if (o.special) throw Error(2, "--special", "has no meaning in a chat", "leave it or --chat out");
+    auto turn = chat_template(model).first(o.system, text, o.date, o.answer_prefix);
+    r = {std::move(turn.ids), turn.split};
   } else {
     if (o.system || o.date || !o.answer_prefix.empty())
       throw Error(2,
@@ -73,7 +79,7 @@ Request make_request(const Options& o, const Model& model) {
                   : o.date ? "--date"
                            : "--answer-prefix",
                   "has no meaning for plain text", "add --chat");
-    r.ids = plain_ids(model, text);
+    r.ids = plain_ids(model, text, o.special);
     r.split = r.ids.size() - 1;
   }
   if (o.split && size_t(*o.split) >= r.ids.size())

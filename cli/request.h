@@ -28,6 +28,9 @@ Request make_request(const Options& o, const Model& model);
 // Where the prompt ends under this policy, or where --split says.
 size_t split_under(const Policy& p, const Options& o, const Request& r);
 
+// The ids that end an answer; in a chat also the token that closes the model's turn.
+std::vector<int> stop_ids(const Model& model, bool chat);
+
 // The model's chat template. Throws Error 2 where it has none.
 const ChatTemplate& chat_template(const Model& model);
 

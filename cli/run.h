@@ -50,8 +50,9 @@ Answer answer(Engine<B>& engine, const Model& model, const Request& r, size_t sp
   engine.on_layer = prefill_progress(engine, r.ids.size(), [&](double share) {
     if (!prefilled) progress.update(share);
   });
+  const std::vector<int> stops = stop_ids(model, o.chat || o.mode == "chat");
   const Sampler sampler({o.temperature, o.top_k, o.top_p, o.min_p, o.seed});
-  const Answer a = generate(engine, r.ids, split, n, sampler, model.config.eos, [&](int token) {
+  const Answer a = generate(engine, r.ids, split, n, sampler, stops, [&](int token) {
     prefilled = true;
     progress.clear();
     emit(text.push(model.tokenizer->decode(token)));

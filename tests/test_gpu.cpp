@@ -620,10 +620,8 @@ TEST_CASE("the small model's answers on Gpu", "[gpu][model]") {
   Gpu gpu;
   Cpu cpu;
   auto answer = [&](const Policy& p, const std::string& text) {
-    std::vector<int> ids = m.chat->first(std::nullopt, text, std::nullopt);
-    const std::vector<int> header = m.chat->answer("");
-    const size_t split = p.split(ids.size(), ids.size() + header.size());
-    ids.insert(ids.end(), header.begin(), header.end());
+    const auto [ids, begin] = m.chat->first(std::nullopt, text, std::nullopt);
+    const size_t split = p.split(begin, ids.size());
     const Limits limits{ids.size() + 12, ids.size() - split + 12, 512};
     Engine<Gpu> engine(m, p, limits, gpu);
     Engine<Cpu> other(m, p, limits, cpu);

@@ -18,10 +18,8 @@ const char* two_hop =
     "What does the one in the valley have?";
 
 std::string answer(const Model& m, const Policy& p, const std::string& text) {
-  std::vector<int> ids = m.chat->first(std::nullopt, text, std::nullopt);
-  const std::vector<int> header = m.chat->answer("");
-  const size_t split = p.split(ids.size(), ids.size() + header.size());
-  ids.insert(ids.end(), header.begin(), header.end());
+  const auto [ids, begin] = m.chat->first(std::nullopt, text, std::nullopt);
+  const size_t split = p.split(begin, ids.size());
   Cpu cpu;
   Engine<Cpu> engine(m, p, {ids.size() + 12, ids.size() - split + 12, 512}, cpu);
   int id = 0;

@@ -3,9 +3,11 @@
 #include <catch2/catch.hpp>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <random>
 
+#include "../cli/request.h"
 #include "../model.h"
 #include "../tokenizer.h"
 
@@ -172,17 +174,38 @@ TEST_CASE("a stream never shows part of a character", "[tokenizer]") {
   CHECK(whole.flush() == "");
 }
 
-TEST_CASE("patterns mean unicode.h's letters, numbers and white space, on every code point", "[tokenizer]") {
+TEST_CASE("patterns mean unicode.h's categories, on every code point", "[tokenizer]") {
   std::string text;
   for_every_character([&](char32_t, const std::string& s) { text += s; });
-  const struct {
-    const char* pattern;
-    std::span<const CodePoints> set;
+  const CodePointSet letters = in_category("L"), numbers = in_category("N");
+  struct Pattern {
+    std::string pattern;
+    CodePointSet set;
     bool negated;
-  } patterns[] = {{R"(\p{L})", letters, false},     {R"(\P{L})", letters, true},     {R"([^\p{L}])", letters, true},
-                  {R"([\P{L}])", letters, true},    {R"([^\P{L}])", letters, false}, {R"(\p{N})", numbers, false},
-                  {R"([\P{N}])", numbers, true},    {R"(\s)", white_space, false},   {R"(\S)", white_space, true},
-                  {R"([^\S])", white_space, false}, {R"([\S])", white_space, true},  {R"([^\s])", white_space, true}};
+  };
+  std::vector<Pattern> patterns = {
+      {R"([^\p{L}])", letters, true},
+      {R"([\P{L}])", letters, true},
+      {R"([^\P{L}])", letters, false},
+      {R"([\P{N}])", numbers, true},
+      {R"([^\S])", of_escape('s'), false},
+      {R"([\S])", of_escape('s'), true},
+      {R"([^\s])", of_escape('s'), true},
+      {R"([[\p{L}\p{N}]&&[^\p{N}]])", letters, false},
+      {R"([^\P{L}&&\S&&[^\p{N}]])",
+       complement(intersection(complement(letters), intersection(complement(of_escape('s')), complement(numbers)))),
+       false}};
+  for (const std::string kind : {"d", "s", "w"}) {
+    patterns.push_back({"\\" + kind, of_escape(kind[0]), false});
+    patterns.push_back({"\\" + std::string(1, char(kind[0] - 0x20)), of_escape(kind[0]), true});
+  }
+  for (size_t i = 0; i + 1 < sizeof category_names; i += 2)
+    if (const std::string name(category_names + i, 2); name != "Cs") {
+      patterns.push_back({"\\p{" + name + "}", in_category(name), false});
+      patterns.push_back({"\\P{" + name + "}", in_category(name), true});
+    }
+  for (const std::string name : {"L", "M", "N", "P", "S", "Z", "C"})
+    patterns.push_back({"\\p{" + name + "}", in_category(name), false});
   for (const auto& p : patterns) {
     std::vector<std::string_view> found;
     SplitPattern(p.pattern).split(text, found);
@@ -202,6 +225,15 @@ TEST_CASE("patterns mean unicode.h's letters, numbers and white space, on every 
   CHECK_FALSE(in(white_space, 0x180E));  // what PCRE2 itself gets wrong
   CHECK(in(letters, 0x1E4D0));
   CHECK(in(numbers, 0x1D2C0));
+  CHECK(in(of_escape('w'), 0x24B6));  // a letter in a circle
+  CHECK_FALSE(in(of_escape('w'), 0x2070));
+  CHECK(in(in_category("Lu"), 'Q'));
+  CHECK(in_category("").empty());
+  CHECK(in_category("Lx").empty());
+  size_t members = 0;
+  for (size_t i = 0; i + 1 < sizeof category_names; i += 2)
+    for (const auto& [first, last] : in_category({category_names + i, 2})) members += last - first + 1;
+  CHECK(members == 0x110000);
 }
 
 TEST_CASE("contractions ignore case as Unicode folds it", "[tokenizer]") {
@@ -222,10 +254,20 @@ TEST_CASE("split: matches and the stretches between them", "[tokenizer]") {
 }
 
 TEST_CASE("patterns that mean something else elsewhere, or run away, are refused", "[tokenizer]") {
-  for (const char* pattern :
-       {R"(\p{Lu})", R"(\pL)", R"(\w)", R"(\d+)",  R"(\b)", R"(\Ca)",  R"(a\)",  R"(\xff)", "[[:alpha:]]", "[a&&b]",
-        "^a",        "a$",     ".",     "(*UTF)a", "(?R)a", "(?<n>a)", "(?x:a)", "(?#a)b",  "[]a]",        ""})
+  // The exporter must refuse the same (tests/test_export.py).
+  std::ifstream file("tests/patterns.json");
+  const nlohmann::json list = nlohmann::json::parse(file);
+  for (const std::string pattern : list["accepted"]) {
+    INFO(pattern);
+    CHECK(error_of([&] { SplitPattern p(pattern); }) == "no error");
+  }
+  for (const std::string pattern : list["refused"]) {
+    INFO(pattern);
     CHECK_THAT(error_of([&] { SplitPattern p(pattern); }), Contains("tokenizer: split pattern "));
+  }
+  CHECK(list["accepted"].size() > 30);
+  CHECK(list["refused"].size() > 60);
+  CHECK_THAT(error_of([&] { SplitPattern p("\xff"); }), Contains("not UTF-8"));
   CHECK_THAT(error_of([&] { SplitPattern p(std::string(5000, 'a')); }), Contains("4096"));
   for (const char* pattern : {"(a", "a)", "[b-a]", "a{2,1}", "*", "[a"})
     CHECK_THAT(error_of([&] { SplitPattern p(pattern); }), Contains("does not compile"));
@@ -351,8 +393,8 @@ TEST_CASE("a tokenizer that does not fit together is refused", "[tokenizer]") {
       },
       "is not its two parts");
   refuses([&](Vocabulary& v) { v.merges.insert(v.merges.end(), {'a', 'b', ab}); }, "same pair as merge 0");
-  refuses([&](Vocabulary& v) { v.merges[4] = s; }, "merge 1: token 258 is special");
-  refuses([&](Vocabulary& v) { v.rules["special"].push_back({abc, "abc"}); }, "is special");
+  refuses([&](Vocabulary& v) { v.merges[4] = s; }, "merge 1: token 258 is added");
+  refuses([&](Vocabulary& v) { v.rules["special"].push_back({abc, "abc"}); }, "is added");
   refuses([&](Vocabulary& v) { v.rules["special"].push_back({s, "<s>"}); }, "258: there twice");
   refuses([](Vocabulary& v) { v.add_special("<s>"); }, "258 and 259: the same spelling");
   refuses([](Vocabulary& v) { v.add_special(""); }, "its spelling is not its bytes");
@@ -422,14 +464,15 @@ namespace {
 struct Chat {
   Vocabulary v;
   int bos = int(v.add_special("<bos>")), turn = int(v.add_special("<turn>")), end = int(v.add_special("<end>"));
-  nlohmann::json marks = {{"template", "test"},
-                          {"trim", true},
-                          {"begin", "<bos>"},
-                          {"system", {"<turn>S{date}:", "<end>"}},
-                          {"system_default", "d"},
-                          {"user", {"<turn>U", "<end>\n"}},
-                          {"assistant", {"<turn>A", "<end>\n"}},
-                          {"date_default", "9"}};
+  nlohmann::json marks = {
+      {"template", "test"},
+      {"trim", {{"system", "both"}, {"after_system", "both"}, {"user", "both"}, {"assistant", "both"}}},
+      {"open", "<bos><turn>S{date}:d<end><turn>U"},
+      {"system", {"<bos><turn>S{date}:", "<end><turn>U"}},
+      {"system_empty", nullptr},
+      {"generation", {"<end>", "<turn>A"}},
+      {"past", {"<end><turn>A", "<end>\n<turn>U"}},
+      {"date_default", "9"}};
   ChatTemplate on(const Tokenizer& t) const { return ChatTemplate(marks.dump(), t); }
 };
 
@@ -441,28 +484,122 @@ TEST_CASE("a conversation is marks around texts", "[chat]") {
   c.v.rules["split"] = nlohmann::json::array();
   const Tokenizer t = c.v.tokenizer();
   CHECK(c.on(t).name() == "test");
-  CHECK(c.on(t).first({}, "x", {}) == Ids{c.bos, c.turn, 'S', '9', ':', 'd', c.end, c.turn, 'U', 'x', c.end, '\n'});
-  CHECK(c.on(t).first("", "x", "8") == Ids{c.bos, c.turn, 'S', '8', ':', c.end, c.turn, 'U', 'x', c.end, '\n'});
-  CHECK(c.on(t).next("y") == Ids{c.end, '\n', c.turn, 'U', 'y', c.end, '\n'});
-  CHECK(c.on(t).answer("") == Ids{c.turn, 'A'});
-  CHECK(c.on(t).answer("b") == Ids{c.turn, a_b});  // mark and text between two special tokens are one string
-  c.marks["user"] = {"<turn>\n", "<end>"};
-  CHECK(c.on(t).next("n") == Ids{c.end, '\n', c.turn, n_n, c.end});
-  c.marks["system_default"] = nullptr, c.marks["begin"] = "";
-  CHECK(c.on(t).first({}, "x", {}) == Ids{c.turn, '\n', 'x', c.end});
-  CHECK(c.on(t).first("s", "x", {}) == Ids{c.turn, 'S', '9', ':', 's', c.end, c.turn, '\n', 'x', c.end});
+  auto is = [](const ChatTemplate::Turn& turn, const Ids& prompt, const Ids& header) {
+    Ids all = prompt;
+    all.insert(all.end(), header.begin(), header.end());
+    CHECK(turn.ids == all);
+    CHECK(turn.split == prompt.size());
+  };
+  is(c.on(t).first({}, "x", {}), {c.bos, c.turn, 'S', '9', ':', 'd', c.end, c.turn, 'U', 'x', c.end}, {c.turn, 'A'});
+  is(c.on(t).first("", "x", "8"), {c.bos, c.turn, 'S', '8', ':', c.end, c.turn, 'U', 'x', c.end}, {c.turn, 'A'});
+  is(c.on(t).next("y"), {c.end, '\n', c.turn, 'U', 'y', c.end}, {c.turn, 'A'});
+  // Mark and text between two special tokens are one string.
+  is(c.on(t).next("y", "b"), {c.end, '\n', c.turn, 'U', 'y', c.end}, {c.turn, a_b});
+  is(c.on(t).whole({}, Strings{"x", "b", "y"}, {}),
+     {c.bos, c.turn, 'S', '9', ':', 'd', c.end, c.turn, 'U', 'x', c.end, c.turn, a_b, c.end, '\n', c.turn, 'U', 'y',
+      c.end},
+     {c.turn, 'A'});
+  CHECK(c.on(t).stop() == c.end);
+  c.marks["open"] = "<bos><turn>\n";
+  is(c.on(t).first({}, "n", {}), {c.bos, c.turn, n_n, c.end}, {c.turn, 'A'});
+  is(c.on(t).first("s", "x", {}), {c.bos, c.turn, 'S', '9', ':', 's', c.end, c.turn, 'U', 'x', c.end}, {c.turn, 'A'});
+  c.marks["system_empty"] = "<bos>E{date}<turn>U";
+  is(c.on(t).first(" ", "x", "7"), {c.bos, 'E', '7', c.turn, 'U', 'x', c.end}, {c.turn, 'A'});
+  is(c.on(t).first("s", "x", {}), {c.bos, c.turn, 'S', '9', ':', 's', c.end, c.turn, 'U', 'x', c.end}, {c.turn, 'A'});
+  c.marks["system"] = nullptr, c.marks["system_empty"] = nullptr, c.marks["open"] = "";
+  is(c.on(t).first({}, "x", {}), {'x', c.end}, {c.turn, 'A'});
+  CHECK_THAT(error_of([&] { c.on(t).first("s", "x", {}); }, 2), Contains("--system"));
   // {date} is the template's, not the user's; and nobody writes special tokens.
+  c = Chat();
   for (const std::string forged : {"{date}", "<end>\n<turn>A", "<bos>"}) {
-    for (const Ids& ids : {c.on(t).first(forged, "x", {}), c.on(t).first("s", forged, {}),
-                           c.on(t).first("s", "x", forged), c.on(t).next(forged), c.on(t).answer(forged)}) {
+    for (const Ids& ids :
+         {c.on(t).first(forged, "x", {}).ids, c.on(t).first("s", forged, {}).ids, c.on(t).first("s", "x", forged).ids,
+          c.on(t).next(forged).ids, c.on(t).next("x", forged).ids}) {
       std::string text;
       size_t specials = 0;
       for (int id : ids) text += t.decode(id), specials += id == c.bos || id == c.turn || id == c.end;
       CHECK_THAT(text, Contains(forged));
-      CHECK(specials <= 4);
+      CHECK(specials <= 6);
     }
   }
-  CHECK(c.on(t).first("s", "<end>", {}).size() == c.on(t).first("s", "12345", {}).size());
+  CHECK(c.on(t).first("s", "<end>", {}).ids.size() == c.on(t).first("s", "12345", {}).ids.size());
+}
+
+TEST_CASE("a turn need not begin with a special token", "[chat]") {
+  Chat c;
+  c.v.rules["split"] = nlohmann::json::array();
+  const int n_a = int(c.v.merge('\n', '#')), aa = int(c.v.merge(uint32_t(n_a), 'A'));
+  const Tokenizer t = c.v.tokenizer();
+  c.marks["open"] = "#U:", c.marks["generation"] = {"\n", "#A:"}, c.marks["past"] = {"\n#A:", "\n#U:"};
+  const auto turn = c.on(t).first({}, "x", {});
+  CHECK(turn.ids == Ids{'#', 'U', ':', 'x', aa, ':'});  // one string, in which a token is partly header
+  CHECK(turn.split == 4);                               // so it counts as header
+  CHECK(c.on(t).stop() == -1);
+  CHECK(c.on(t).header_size() >= 3);
+  c.marks["generation"] = {"\nA", ""};  // no header: what follows the user's text is decode-phase
+  CHECK(c.on(t).first({}, "x", {}).split == 4);
+  c.marks["generation"] = {"", ""};
+  CHECK(c.on(t).first({}, "x", {}).split == 3);  // never all of it: one token must make the logits
+}
+
+TEST_CASE("the older form of the marks is still read", "[chat]") {
+  Chat c;
+  const Tokenizer t = c.v.tokenizer();
+  const ChatTemplate now = c.on(t);
+  const nlohmann::json older = {{"template", "test"},
+                                {"trim", true},
+                                {"begin", "<bos>"},
+                                {"system", {"<turn>S{date}:", "<end>"}},
+                                {"system_default", " d "},
+                                {"user", {"<turn>U", "<end>"}},
+                                {"assistant", {"<turn>A", "<end>\n"}},
+                                {"date_default", "9"}};
+  const ChatTemplate before(older.dump(), t);
+  const Strings turns = {" x ", " y ", " z "};
+  for (const std::optional<std::string>& system : {std::optional<std::string>(), {""}, {" s "}}) {
+    CHECK(now.whole(system, turns, "8", " p ").ids == before.whole(system, turns, "8", " p ").ids);
+    CHECK(now.first(system, "u", {}).split == before.first(system, "u", {}).split);
+  }
+  CHECK(now.next("u").ids == before.next("u").ids);
+  CHECK(before.stop() == c.end);
+  for (const char* key : {"begin", "system", "system_default", "user", "assistant", "date_default"}) {
+    nlohmann::json less = older;
+    less.erase(key);
+    CHECK_THAT(error_of([&] { ChatTemplate(less.dump(), t); }), Contains(key));
+  }
+}
+
+TEST_CASE("added tokens that are not special are matched always", "[tokenizer][chat]") {
+  Chat c;
+  const int think = int(c.v.add("<think>")), wide = int(c.v.add("<end><think>"));
+  c.v.rules["added"] = {{think, "<think>"}, {wide, "<end><think>"}};
+  const Tokenizer t = c.v.tokenizer();
+  for (bool special : {false, true}) CHECK(t.encode("<think>a<think>", special) == Ids{think, 'a', think});
+  CHECK(t.encode("<turn><think>", true) == Ids{c.turn, think});
+  CHECK(t.encode("<turn><think>", false) == Ids{'<', 't', 'u', 'r', 'n', '>', think});
+  CHECK(t.encode("<end><think>", false) == Ids{wide});
+  c.marks["generation"] = {"<end>", "<turn>A<think>"};
+  const auto turn = c.on(t).first("<think>", "a<think>", {}, "<think>b");
+  CHECK(turn.ids == Ids{c.bos, c.turn, 'S', '9', ':', think, c.end, c.turn, 'U', 'a', think, c.end, c.turn, 'A', think,
+                        think, 'b'});
+  CHECK(t.decode(think) == "<think>");
+  CHECK_FALSE(t.is_special(think));
+  c.v.rules["added"].push_back({c.bos, "<bos>"});
+  CHECK_THAT(error_of([&] { c.v.tokenizer(); }), Contains("there twice"));
+}
+
+TEST_CASE("a token that no text becomes", "[tokenizer]") {
+  Vocabulary v;
+  const int raw = int(v.add("\u00e9"));
+  v.rules["ignore_merges"] = true;
+  CHECK(v.tokenizer().encode("\u00e9", false) == Ids{raw});
+  v.rules["unmatched"] = {raw};
+  CHECK(v.tokenizer().encode("\u00e9", false) == Ids{0xC3, 0xA9});
+  CHECK(v.tokenizer().decode(raw) == "\u00e9");
+  for (const nlohmann::json& wrong : {nlohmann::json(7), nlohmann::json{-1}, nlohmann::json{300}}) {
+    v.rules["unmatched"] = wrong;
+    CHECK_THAT(error_of([&] { v.tokenizer(); }), Contains("unmatched"));
+  }
 }
 
 TEST_CASE("texts are trimmed where the template does it, as Python does", "[chat]") {
@@ -474,17 +611,26 @@ TEST_CASE("texts are trimmed where the template does it, as Python does", "[chat
     if (in(white_space, ch) || (ch >= 0x1C && ch <= 0x1F)) blank += s;
   });
   const ChatTemplate trims = c.on(t);
-  c.marks["trim"] = false;
+  c.marks["trim"] = {{"system", "none"}, {"after_system", "none"}, {"user", "none"}, {"assistant", "none"}};
   const ChatTemplate keeps = c.on(t);
+  c.marks["trim"] = {{"system", "none"}, {"after_system", "none"}, {"user", "left"}, {"assistant", "right"}};
+  const ChatTemplate mixed = c.on(t);
   CHECK(blank.size() == 3 * 17 + 2 * 2 + 10);  // U+2000 and up and U+1680; U+0085 and U+00A0; ASCII
-  CHECK(trims.next(blank + "x y" + blank) == trims.next("x y"));
-  CHECK(trims.next(blank) == trims.next(""));
-  CHECK(trims.answer(" x ") == trims.answer("x"));
-  CHECK(trims.first(" s\n", " x ", {}) == trims.first("s", "x", {}));
-  CHECK(trims.next("\u180ex\u200b").size() == trims.next("x").size() + 6);
-  CHECK(keeps.next(" x ").size() == keeps.next("x").size() + 2);
+  auto next = [](const ChatTemplate& c, const std::string& user, const std::string& prefix = "") {
+    return c.next(user, prefix).ids;
+  };
+  CHECK(next(trims, blank + "x y" + blank) == next(trims, "x y"));
+  CHECK(next(trims, blank) == next(trims, ""));
+  CHECK(next(trims, "u", " x ") == next(trims, "u", "x"));
+  CHECK(trims.first(" s\n", " x ", {}).ids == trims.first("s", "x", {}).ids);
+  CHECK(next(trims, "\u180ex\u200b").size() == next(trims, "x").size() + 6);
+  CHECK(next(keeps, " x ").size() == next(keeps, "x").size() + 2);
+  CHECK(next(mixed, " x ", " y ") == next(keeps, "x ", " y"));
+  CHECK(mixed.first(" s ", " x", {}).ids == keeps.first(" s ", " x", {}).ids);
+  CHECK(mixed.first({}, " x", {}).ids == keeps.first({}, "x", {}).ids);
+  CHECK(mixed.whole("s", Strings{" x", "y", " z"}, {}).ids == keeps.whole("s", Strings{" x", "y", "z"}, {}).ids);
   CHECK_THAT(error_of([&] { trims.next("x\x80\x80"); }), Contains("not UTF-8 at byte 1"));
-  CHECK_THAT(error_of([&] { keeps.answer("\xC2"); }), Contains("not UTF-8 at byte 0"));
+  CHECK_THAT(error_of([&] { keeps.next("", "\xC2"); }), Contains("not UTF-8 at byte 0"));
 }
 
 TEST_CASE("chat data that does not fit is refused", "[chat]") {
@@ -498,12 +644,12 @@ TEST_CASE("chat data that does not fit is refused", "[chat]") {
   CHECK_THAT(refused("trim", 1), Contains("trim"));
   CHECK_THAT(refused("template", nullptr), Contains("template"));
   CHECK_THAT(refused("template", "a\x1b[2J"), Contains("control character"));
-  CHECK_THAT(refused("begin", "x"), Contains("begin"));
-  CHECK_THAT(refused("user", {"U", "<end>"}), Contains("does not begin with a special token"));
-  CHECK_THAT(refused("assistant", {"<turn>", "\n<end>"}), Contains("does not begin with a special token"));
-  CHECK_THAT(refused("assistant", {"<turn>"}), Contains("no pair of marks"));
+  CHECK_THAT(refused("trim", {{"system", "both"}, {"after_system", "both"}, {"user", "all"}, {"assistant", "both"}}),
+             Contains("user"));
+  CHECK_THAT(refused("open", 1), Contains("open"));
+  CHECK_THAT(refused("past", {"<turn>"}), Contains("no pair of marks"));
   CHECK_THAT(refused("system", {1, 2}), Contains("no pair of marks"));
-  CHECK_THAT(refused("system_default", 3), Contains("system_default"));
+  CHECK_THAT(refused("system_empty", 3), Contains("system_empty"));
   CHECK_THAT(refused("system", {"<turn>" + times("{date}", 4000), ""}), Contains("system is longer than 16384 bytes"));
   CHECK_THAT(refused("date_default", nullptr), Contains("date_default"));
   for (const auto& [key, value] : good.marks.items()) {
@@ -514,7 +660,7 @@ TEST_CASE("chat data that does not fit is refused", "[chat]") {
   for (const char* json : {"", "[]", "7", "{\"template\""})
     CHECK_THAT(error_of([&] { ChatTemplate(json, t); }), Contains("chat template: "));
   Chat undated;
-  undated.marks["system"] = {"<turn>S", "<end>"};
+  undated.marks["system"] = {"<turn>S", "<end>"}, undated.marks["open"] = "";
   CHECK_THAT(error_of([&] { undated.on(t).first({}, "x", "today"); }, 2), Contains("--date"));
 }
 
@@ -526,6 +672,23 @@ TEST_CASE("a pattern whose every step scans the whole text is given up on", "[to
   const auto began = std::clock();
   CHECK_THAT(error_of([&] { t.encode(times("a", 1 << 18), false); }), Contains("gives up on this text"));
   CHECK(double(std::clock() - began) / CLOCKS_PER_SEC < 10);  // 2 allowed, and what was under way
+}
+
+TEST_CASE("in a chat the token that closes the model's turn ends the answer", "[chat][cli]") {
+  // A golden model whose config does not name <|eot_id|>, 273: only its chat template does.
+  const char* const path = "build/eot.safetensors";
+  {
+    std::ifstream in("tests/golden/tied.safetensors", std::ios::binary);
+    std::string bytes{std::istreambuf_iterator<char>(in), {}};
+    const std::string with = R"(\"eos_token_id\": [270, 273])", without = R"(\"eos_token_id\": [270]     )";
+    REQUIRE(bytes.find(with) != std::string::npos);
+    bytes.replace(bytes.find(with), with.size(), without);
+    std::ofstream(path, std::ios::binary) << bytes;
+  }
+  const Model model(path);
+  CHECK(stop_ids(model, false) == Ids{270});
+  CHECK(stop_ids(model, true) == Ids{270, 273});
+  std::filesystem::remove(path);
 }
 
 // ---- a real vocabulary ----------------------------------------------------------------------------------------------
@@ -556,9 +719,7 @@ TEST_CASE("SmolLM2's ids, as Hugging Face gives them", "[tokenizer]") {
       {"print(\"hi\")  # 123", {3272, 1470, 6004, 1715, 216, 907, 216, 33, 34, 35}}};
   for (const auto& [text, ids] : cases) CHECK(model.tokenizer->encode(text, false) == ids);
   CHECK(model.tokenizer->encode("<|im_end|>", true) == Ids{2});
-  Ids ids = model.chat.value().first({}, "Hi there", {});
-  const Ids header = model.chat->answer("");
-  ids.insert(ids.end(), header.begin(), header.end());
+  const Ids ids = model.chat.value().first({}, "Hi there", {}).ids;
   CHECK(ids == Ids{1,   9690,  198,  2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28,  7018, 411,
                    407, 19712, 8182, 2,    198, 1,   4093, 198,  26843, 665,  2,    198, 1,     520, 9531, 198});
 }

@@ -19,12 +19,7 @@ static std::vector<int> conversation(const Model& model, const std::string& text
     return json[key].is_null() ? std::nullopt : std::optional<std::string>(json[key].get<std::string>());
   };
   const std::vector<std::string> turns = json["turns"];
-  std::vector<int> ids = model.chat.value().first(given("system"), turns.at(0), given("date"));
-  auto append = [&](const std::vector<int>& more) { ids.insert(ids.end(), more.begin(), more.end()); };
-  for (size_t i = 1; i < turns.size(); ++i)
-    append(i % 2 == 1 ? model.chat->answer(turns[i]) : model.chat->next(turns[i]));
-  append(model.chat->answer(json["prefix"].get<std::string>()));
-  return ids;
+  return model.chat.value().whole(given("system"), turns, given("date"), json["prefix"].get<std::string>()).ids;
 }
 
 int main(int argc, char** argv) try {

@@ -23,12 +23,75 @@ namespace speed {
   throw Error(1, "tokenizer", why, "export the checkpoint again");
 }
 
-// One regular expression. Accepts the syntax in which PCRE2, Oniguruma (Hugging Face) and Rust (tiktoken) agree.
-// \p{L}, \p{N}, \s and their negations are replaced by the ranges of unicode.h, because PCRE2 has an older Unicode.
+// ---- sets of code points -------------------------------------------------------------------------------------------
+
+// Ranges that ascend and do not touch.
+using CodePointSet = std::vector<CodePoints>;
+
+inline CodePointSet united(CodePointSet set) {
+  std::sort(set.begin(), set.end(), [](CodePoints a, CodePoints b) { return a.first < b.first; });
+  CodePointSet out;
+  for (const CodePoints& r : set)
+    if (!out.empty() && r.first <= out.back().last + 1) out.back().last = std::max(out.back().last, r.last);
+    else out.push_back(r);
+  return out;
+}
+
+inline CodePointSet complement(const CodePointSet& set) {
+  CodePointSet out;
+  char32_t gap = 0;
+  for (const CodePoints& r : set) {
+    if (r.first > gap) out.push_back({gap, r.first - 1});
+    gap = r.last + 1;
+  }
+  if (gap <= 0x10FFFF) out.push_back({gap, 0x10FFFF});
+  return out;
+}
+
+inline CodePointSet intersection(const CodePointSet& a, const CodePointSet& b) {
+  CodePointSet outside = complement(a);
+  const CodePointSet more = complement(b);
+  outside.insert(outside.end(), more.begin(), more.end());
+  return complement(united(std::move(outside)));
+}
+
+// The code points of a general category (Lu) or of a group of them (L); nothing if there is no such category.
+inline CodePointSet in_category(std::string_view name) {
+  CodePointSet out;
+  char32_t at = 0;
+  for (const char* run = category_runs; *run;) {
+    const size_t category = size_t(*run <= 'Z' ? *run - 'A' : *run - 'a' + 26);
+    char32_t length = 0;
+    for (++run; *run >= '0' && *run <= '9'; ++run) length = 10 * length + char32_t(*run - '0');
+    length = std::max<char32_t>(length, 1);
+    if (!name.empty() && std::string_view(category_names + 2 * category, 2).starts_with(name))
+      out.push_back({at, at + length - 1});
+    at += length;
+  }
+  return united(std::move(out));
+}
+
+// What \d, \s and \w match.
+inline CodePointSet of_escape(char kind) {
+  if (kind == 's') return {std::begin(white_space), std::end(white_space)};
+  if (kind == 'd') return in_category("Nd");
+  CodePointSet out(std::begin(more_word), std::end(more_word));
+  for (const char* name : {"L", "M", "Nd", "Nl", "Pc"}) {
+    const CodePointSet more = in_category(name);
+    out.insert(out.end(), more.begin(), more.end());
+  }
+  return united(std::move(out));
+}
+
+// ---- one pattern ---------------------------------------------------------------------------------------------------
+
+// One regular expression. Accepts the syntax in which PCRE2 and Oniguruma (Hugging Face) agree. Properties and classes
+// are replaced by ranges of code points, because PCRE2 has an older Unicode and no intersection. What is not accepted
+// is refused by checkpoint/pattern.py as well, and tests/patterns.json holds both to the same list.
 class SplitPattern {
  public:
   explicit SplitPattern(const std::string& pattern) {
-    const std::string ranges = with_ranges(pattern);
+    const std::string ranges = Reader(pattern).read();
     int error = 0;
     size_t offset = 0;
     code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(ranges.data()), ranges.size(),
@@ -101,74 +164,227 @@ class SplitPattern {
     void operator()(pcre2_match_context* p) const { pcre2_match_context_free(p); }
   };
 
-  // The members of a class (the rest of the code points, if negated) as they are written between [ and ].
-  static std::string ranges_of(std::span<const CodePoints> members, bool negated) {
-    std::string out;
-    auto add = [&](char32_t first, char32_t last) {
-      char text[40];
-      snprintf(text, sizeof text, "\\x{%X}-\\x{%X}", unsigned(first), unsigned(last));
-      if (first <= last) out += text;
-    };
-    char32_t gap = 0;
-    for (const auto& [first, last] : members) {
-      if (!negated) add(first, last);
-      else if (first > gap) add(gap, first - 1);
-      gap = last + 1;
+  // The pattern with ranges of code points in place of properties and classes.
+  class Reader {
+   public:
+    explicit Reader(std::string_view pattern) : rest_(pattern) {
+      if (pattern.empty() || pattern.size() > 4096) bad_tokenizer("split pattern is empty or longer than 4096 bytes");
+      if (first_invalid_utf8(pattern) != std::string_view::npos) bad_tokenizer("split pattern is not UTF-8");
     }
-    if (negated) add(gap, 0x10FFFF);
-    return out;
-  }
 
-  static std::string with_ranges(std::string_view pattern) {
-    if (pattern.empty() || pattern.size() > 4096) bad_tokenizer("split pattern is empty or longer than 4096 bytes");
-    auto refuse = [](const std::string& what) { bad_tokenizer("split pattern has " + what + ", unknown here"); };
-    auto next_is = [&](size_t at, std::string_view s) { return pattern.substr(at).starts_with(s); };
-    std::string out;
-    bool in_class = false;
-    for (size_t i = 0; i < pattern.size(); ++i) {
-      const char c = pattern[i];
-      if (c == '\\') {
-        const char kind = ++i < pattern.size() ? pattern[i] : '\0';
-        if (kind == 'p' || kind == 'P' || kind == 's' || kind == 'S') {
-          std::span<const CodePoints> members = white_space;
-          if (kind == 'p' || kind == 'P') {
-            const std::string_view property = pattern.substr(i + 1, 3);
-            if (property != "{L}" && property != "{N}") refuse("a property other than {L} and {N}");
-            members = property == "{L}" ? std::span<const CodePoints>(letters) : numbers;
-            i += 3;
-          }
-          const bool negated = kind == 'P' || kind == 'S';
-          out += in_class ? ranges_of(members, negated) : (negated ? "[^" : "[") + ranges_of(members, false) + "]";
-          continue;
+    std::string read() {
+      std::vector<bool> caseless{false};  // of the groups that are open
+      bool repeats = false;               // the last element is a repetition, which cannot be repeated itself
+      while (!rest_.empty()) {
+        const char c = rest_[0];
+        bool repeats_now = false;
+        if (is_set_escape()) {
+          write(read_set_escape(caseless.back()), false);
+        } else if (c == '\\') {
+          out_ += escaped(read_escape());
+        } else if (c == '[') {
+          rest_.remove_prefix(1);
+          const bool negated = take("^");
+          write(read_class(caseless.back(), 0), negated);
+        } else if (c == '^' || c == '$' || c == '.') {
+          refuse(std::string("the symbol ") + c);
+        } else if (c == '(') {
+          caseless.push_back(caseless.back() || read_group());
+          if (caseless.size() > 100) refuse("more than 100 groups in each other");
+        } else if (c == ')') {
+          if (caseless.size() == 1) broken("a ) without its (");
+          caseless.pop_back();
+          copy(1);
+        } else if (c == '*' || c == '+' || c == '?' || c == '{') {
+          if (repeats) refuse("a repetition of a repetition");
+          read_repetition();
+          repeats_now = true;
+        } else {
+          copy(size_t(utf8_character(rest_)));
         }
-        const bool ascii = static_cast<unsigned char>(kind) < 0x80;
-        if (!ascii || kind == '\0' || (isalnum(kind) && kind != 'r' && kind != 'n' && kind != 't' && !next_is(i, "x{")))
-          refuse(std::string("the escape \\") + (ascii && isalnum(kind) ? std::string(1, kind) : "?"));
-        out += c;
-        out += kind;
-        continue;
+        repeats = repeats_now;
       }
-      if (in_class) {
-        if (c == '[' || next_is(i, "&&") || next_is(i, "--") || next_is(i, "~~")) refuse("a class within a class");
-        if (c == ']') in_class = false;
-      } else if (c == '[') {
-        in_class = true;
-        if (next_is(i + 1, "^")) out += pattern[i++];
-        if (next_is(i + 1, "]")) refuse("an empty class");
-        out += pattern[i];
-        continue;
-      } else if (c == '^' || c == '$' || c == '.') {
-        refuse(std::string("the symbol ") + c);
-      } else if (c == '(') {
-        if (next_is(i + 1, "*")) refuse("a verb (*");
-        bool known = !next_is(i + 1, "?");
-        for (const char* group : {"?:", "?i:", "?=", "?!", "?<=", "?<!", "?>"}) known = known || next_is(i + 1, group);
-        if (!known) refuse("a group other than (?: (?i: (?> and look-around");
-      }
-      out += c;
+      return std::move(out_);
     }
-    return out;
-  }
+
+   private:
+    [[noreturn]] static void refuse(const std::string& what) {
+      bad_tokenizer("split pattern has " + what + ", unknown here");
+    }
+    [[noreturn]] static void broken(const std::string& why) { bad_tokenizer("split pattern does not compile: " + why); }
+
+    bool take(std::string_view s) {
+      if (!rest_.starts_with(s)) return false;
+      rest_.remove_prefix(s.size());
+      return true;
+    }
+    void copy(size_t n) {
+      out_ += rest_.substr(0, n);
+      rest_.remove_prefix(n);
+    }
+
+    static std::string escaped(char32_t c) {
+      char text[16];
+      snprintf(text, sizeof text, "\\x{%X}", unsigned(c));
+      return text;
+    }
+    // A class that is negated is written as such, so that within (?i: both cases are left out.
+    void write(const CodePointSet& set, bool negated) {
+      if (set.empty()) return void(out_ += negated ? "[\\x{0}-\\x{10FFFF}]" : "[^\\x{0}-\\x{10FFFF}]");
+      out_ += negated ? "[^" : "[";
+      for (auto [first, last] : set) {
+        if (first >= 0xD800 && first < 0xE000) first = 0xE000;  // a surrogate is no character, and no end of a range
+        if (last >= 0xD800 && last < 0xE000) last = 0xD7FF;
+        if (last < first) continue;
+        out_ += escaped(first);
+        if (last > first) out_ += '-' + escaped(last);
+      }
+      out_ += "]";
+    }
+
+    // True for (?i: . Copies what opens the group.
+    bool read_group() {
+      if (rest_.starts_with("(*")) refuse("a verb (*");
+      for (const std::string_view open : {"(?:", "(?i:", "(?=", "(?!", "(?<=", "(?<!", "(?>"})
+        if (rest_.starts_with(open)) {
+          copy(open.size());
+          return open == "(?i:";
+        }
+      if (rest_.starts_with("(?")) refuse("a group other than (?: (?i: (?> and look-around");
+      copy(1);
+      return false;
+    }
+
+    // PCRE2 and Oniguruma disagree in what may follow {m,n}.
+    void read_repetition() {
+      if (rest_[0] != '{') {
+        copy(1);
+        if (!rest_.empty() && (rest_[0] == '?' || rest_[0] == '+')) copy(1);
+        return;
+      }
+      size_t n = 1;
+      auto digits = [&] {
+        const size_t begin = n;
+        while (n < rest_.size() && rest_[n] >= '0' && rest_[n] <= '9') ++n;
+        return n > begin && n - begin < 4;
+      };
+      bool whole = digits();
+      if (whole && n < rest_.size() && rest_[n] == ',') ++n, whole = rest_.substr(n).starts_with('}') || digits();
+      if (!whole || !rest_.substr(n).starts_with('}')) refuse("a { that is no repetition below 1000");
+      copy(n + 1);
+      if (!rest_.empty() && (rest_[0] == '?' || rest_[0] == '+')) refuse("a repetition of a repetition");
+    }
+
+    bool is_set_escape() const {
+      return rest_.size() > 1 && rest_[0] == '\\' && std::string_view("pPsSdDwW").find(rest_[1]) != rest_.npos;
+    }
+
+    CodePointSet read_set_escape(bool caseless) {
+      const char kind = rest_[1];
+      const bool negated = kind == 'P' || kind == 'S' || kind == 'D' || kind == 'W';
+      rest_.remove_prefix(2);
+      CodePointSet set;
+      if (kind == 'p' || kind == 'P') {
+        const std::string_view name = rest_.substr(0, rest_.find('}'));
+        if (!name.starts_with('{') || name.size() == rest_.size() || name.size() > 3)
+          refuse("a property that is no general category");
+        set = in_category(name.substr(1));
+        if (set.empty()) refuse("a property that is no general category");
+        if (caseless && name.size() == 3 && (name == "{Lu" || name == "{Ll" || name == "{Lt"))
+          refuse("a property of upper or lower case within (?i:");
+        rest_.remove_prefix(name.size() + 1);
+      } else {
+        set = of_escape(char(kind | 0x20));
+      }
+      return negated ? complement(set) : set;
+    }
+
+    // A backslash and what follows, as one character.
+    char32_t read_escape() {
+      rest_.remove_prefix(1);
+      if (take("x{")) {
+        char32_t c = 0;
+        size_t n = 0;
+        for (; n < rest_.size() && isxdigit(static_cast<unsigned char>(rest_[n])) && n < 8; ++n)
+          c = c << 4 | char32_t(rest_[n] <= '9' ? rest_[n] - '0' : (rest_[n] | 0x20) - 'a' + 10);
+        if (n == 0 || n == 8 || !rest_.substr(n).starts_with('}') || c > 0x10FFFF || (c >= 0xD800 && c <= 0xDFFF))
+          broken("an \\x{...} that is no character");
+        rest_.remove_prefix(n + 1);
+        return c;
+      }
+      const char kind = rest_.empty() ? '\0' : rest_[0];
+      const bool ascii = static_cast<unsigned char>(kind) < 0x80;
+      const std::string_view known = "rnt", meant = "\r\n\t";
+      const size_t at = known.find(kind);
+      if (!ascii || kind == '\0' || (isalnum(static_cast<unsigned char>(kind)) && at == known.npos))
+        refuse(std::string("the escape \\") + (ascii && isalnum(kind) ? std::string(1, kind) : "?"));
+      rest_.remove_prefix(1);
+      return char32_t(at == known.npos ? kind : meant[at]);
+    }
+
+    char32_t read_character() {
+      if (rest_[0] == '\\') return read_escape();
+      const size_t size = size_t(utf8_character(rest_));
+      char32_t c = static_cast<unsigned char>(rest_[0]);
+      if (size > 1) c &= 0x7Fu >> size;
+      for (size_t i = 1; i < size; ++i) c = c << 6 | (rest_[i] & 0x3F);
+      rest_.remove_prefix(size);
+      return c;
+    }
+
+    // A class after its [ or [^, up to and with its ].
+    CodePointSet read_class(bool caseless, int depth) {
+      CodePointSet set;
+      std::vector<CodePointSet> sides;  // of &&
+      bool empty = true;
+      if (depth > 20) refuse("more than 20 classes in each other");
+      auto add = [&](const CodePointSet& more) {
+        set.insert(set.end(), more.begin(), more.end());
+        empty = false;
+      };
+      auto end_side = [&] {
+        if (empty) refuse("an empty class");
+        sides.push_back(united(std::move(set)));
+        set.clear(), empty = true;
+      };
+      while (!take("]")) {
+        if (rest_.empty()) broken("a class without its end");
+        if (rest_.starts_with("[:") || rest_.starts_with("--") || rest_.starts_with("~~"))
+          refuse("a class within a class of the form [: or -- or ~~");
+        if (caseless && (rest_[0] == '[' || rest_.starts_with("&&"))) refuse("a class within a class within (?i:");
+        if (take("&&")) {
+          end_side();
+        } else if (take("[")) {
+          const bool negated = take("^");
+          const CodePointSet inner = read_class(caseless, depth + 1);
+          add(negated ? complement(inner) : inner);
+        } else if (is_set_escape()) {
+          add(read_set_escape(caseless));
+          if (rest_.starts_with('-') && !rest_.starts_with("-]")) refuse("a range that begins with a class");
+        } else if (rest_[0] == '-' && !empty && !rest_.starts_with("-]")) {
+          refuse("a - in the middle of a class");
+        } else {
+          const char32_t first = read_character();
+          char32_t last = first;
+          if (rest_.starts_with('-') && !rest_.starts_with("-]")) {
+            rest_.remove_prefix(1);
+            if (rest_.empty()) broken("a class without its end");
+            if (is_set_escape() || rest_[0] == '[') refuse("a range that ends with a class");
+            last = read_character();
+            if (last < first) broken("a range that ends before it begins");
+          }
+          add({{first, last}});
+        }
+      }
+      end_side();
+      CodePointSet out = sides[0];
+      for (size_t i = 1; i < sides.size(); ++i) out = intersection(out, sides[i]);
+      return out;
+    }
+
+    std::string_view rest_;
+    std::string out_;
+  };
 
   std::unique_ptr<pcre2_code, Free> code_;
 };

@@ -24,15 +24,15 @@ void specials_of(std::string mark, std::vector<int>& ids, bool dated = false) {
     if (is_special(id)) ids.push_back(id);
 }
 
-void compare(const std::vector<int>& ids, const std::vector<int>& expected, const std::string& text, bool whole) {
+void compare(const ChatTemplate::Turn& turn, const std::vector<int>& expected, const std::string& text, bool whole) {
   std::vector<int> specials;
   std::string shown;
-  for (int id : ids) {
+  for (int id : turn.ids) {
     if (is_special(id)) specials.push_back(id);
     shown += model().tokenizer->decode(id);
   }
   require(specials == expected, "special tokens are those of the marks");
-  require(!ids.empty() && is_special(ids[0]), "a turn begins with a token of its own, whatever stands before it");
+  require(turn.ids.empty() || turn.split < turn.ids.size(), "one token at least is decode-phase");
   if (whole) require(shown == text, "nothing is lost, added or moved");
 }
 
@@ -55,38 +55,43 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const Limit limit(5);
   if (!accepted([&] { chat.emplace(part[0], *model().tokenizer); })) return 0;
   const json j = json::parse(part[0]);
+  if (j["trim"].is_boolean())
+    return accepted([&] { chat->first(part[1], part[2], {}, part[4]); }), 0;  // the older form
   using Marks = std::array<std::string, 2>;
-  const Marks s = j["system"], u = j["user"], a = j["assistant"];
-  const std::string begin = j["begin"], &user = part[2], &prefix = part[4];
-  const bool whole = !j["trim"], shows_date = (s[0] + '\0' + s[1]).find("{date}") != std::string::npos;
+  const bool takes_system = !j["system"].is_null();
+  const Marks s = takes_system ? Marks(j["system"]) : Marks(), g = j["generation"], past = j["past"];
+  const std::string open = j["open"], empty = j["system_empty"].is_null() ? "" : std::string(j["system_empty"]);
+  const std::string &user = part[2], &prefix = part[4];
+  bool whole = true;
+  for (const char* role : {"system", "after_system", "user", "assistant"}) whole = whole && j["trim"][role] == "none";
+  const bool shows_date = (open + '\0' + s[0] + '\0' + s[1] + '\0' + empty).find("{date}") != std::string::npos;
   // An empty system or date text stands for none given.
   std::optional<std::string> system, day;
-  if (!part[1].empty()) system = part[1];
+  if (!part[1].empty() && takes_system && (whole || j["system_empty"].is_null())) system = part[1];
   if (!part[3].empty() && shows_date) day = part[3];
+  const std::string date = day ? *day : j["date_default"].is_null() ? "" : j["date_default"].get<std::string>();
   accepted([&] {
-    const std::vector<int> ids = chat->first(system, user, day);
+    const ChatTemplate::Turn turn = chat->first(system, user, day, prefix);
     std::vector<int> expected;
-    std::string text = begin;
-    specials_of(begin, expected);
-    if (system || !j["system_default"].is_null()) {
-      const std::string date = day ? *day : j["date_default"].is_null() ? "" : j["date_default"].get<std::string>();
-      specials_of(s[0], expected, true), specials_of(s[1], expected, true);
-      text += dated(s[0], date) + (system ? *system : j["system_default"].get<std::string>()) + dated(s[1], date);
-    }
-    specials_of(u[0], expected), specials_of(u[1], expected);
-    compare(ids, expected, text + u[0] + user + u[1], whole);
+    if (system) specials_of(s[0], expected, true), specials_of(s[1], expected, true);
+    else specials_of(open, expected, true);
+    const std::string text = system ? dated(s[0], date) + *system + dated(s[1], date) : dated(open, date);
+    for (const std::string& mark : g) specials_of(mark, expected);
+    compare(turn, expected, text + user + g[0] + g[1] + prefix, whole);
   });
   accepted([&] {
-    const std::vector<int> ids = chat->next(user);
+    const std::vector<std::string> turns = {user, prefix, user};
+    const ChatTemplate::Turn turn = chat->whole({}, turns, day);
     std::vector<int> expected;
-    for (const std::string& mark : {a[1], u[0], u[1]}) specials_of(mark, expected);
-    compare(ids, expected, a[1] + u[0] + user + u[1], whole);
+    specials_of(open, expected, true);
+    for (const std::string& mark : {past[0], past[1], g[0], g[1]}) specials_of(mark, expected);
+    compare(turn, expected, dated(open, date) + user + past[0] + prefix + past[1] + user + g[0] + g[1], whole);
   });
   accepted([&] {
-    const std::vector<int> ids = chat->answer(prefix);
+    const ChatTemplate::Turn turn = chat->next(user, prefix);
     std::vector<int> expected;
-    specials_of(a[0], expected);
-    compare(ids, expected, a[0] + prefix, whole);
+    for (const std::string& mark : {past[1], g[0], g[1]}) specials_of(mark, expected);
+    compare(turn, expected, past[1] + user + g[0] + g[1] + prefix, whole);
   });
   return 0;
 }

@@ -24,7 +24,7 @@ void use(const Model& m) {
   });
   for (int id : m.config.eos) t.decode(id);
   if (m.config.bos >= 0) t.decode(m.config.bos);
-  if (m.chat) accepted([&] { m.chat->first("system", "user", {}), m.chat->next("user"), m.chat->answer(""); });
+  if (m.chat) accepted([&] { m.chat->first("system", "user", {}), m.chat->next("user"); });
   if (m.config.tokenizer_only) return;
   const Shape& s = m.config.shape;
   require(m.weights.layers.size() == size_t(s.n_layers), "as many layers as the config says");

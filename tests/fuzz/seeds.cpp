@@ -52,13 +52,23 @@ int main(int, char** argv) {
   }
 
   // Template forms that the golden models lack: a date, a default system text, marks without trimming.
-  json dated = templates[0];
-  dated["trim"] = false, dated["system_default"] = "be kind", dated["date_default"] = "26 Jul 2024";
-  dated["system"] = {"<|start_header_id|>system<|end_header_id|>\n\nToday: {date}\n\n", "<|eot_id|>"};
-  json plain = templates[0];
-  plain["begin"] = "", plain["trim"] = false;
+  const std::string user = "<|start_header_id|>user<|end_header_id|>\n\n", end = "<|eot_id|>",
+                    header = "<|start_header_id|>assistant<|end_header_id|>\n\n", date = "Today: {date}\n\n";
+  const json none = {{"system", "none"}, {"after_system", "none"}, {"user", "none"}, {"assistant", "none"}};
+  const json dated = {{"template", "dated"},
+                      {"trim", none},
+                      {"open", "<|begin_of_text|>" + date + end + user},
+                      {"system", {"<|begin_of_text|>" + date, end + user}},
+                      {"system_empty", "<|begin_of_text|>" + user},
+                      {"generation", {end, header}},
+                      {"past", {end + header, end + user}},
+                      {"date_default", "26 Jul 2024"}};
+  json words = dated, trims = dated;
+  words["open"] = "USER: ", words["system"] = nullptr, words["system_empty"] = nullptr;
+  words["generation"] = {"\n", "ANSWER:"}, words["past"] = {"\nANSWER: ", "\nUSER: "};
+  trims["trim"] = {{"system", "both"}, {"after_system", "left"}, {"user", "right"}, {"assistant", "both"}};
   const std::string nul(1, 0);
-  for (const json& j : {templates[0], dated, plain})
+  for (const json& j : {templates[0], dated, words, trims})
     for (const char* text :
          {"hello", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", " \u00a0{date}\x1f", "\xff"})
       write("chat", j.dump() + nul + text + nul + text + nul + "{date}" + nul + text);

@@ -257,5 +257,5 @@ def write_checkpoint(folder, spec, seed=0, dtype="F32"):
 
 def export(folder, out):
     """Runs the exporter in this process. Raises an exception if it fails."""
-    export_weights.export(Path(folder), Path(out), False)
+    export_weights.export(Path(folder), Path(out), False, force=True)
     return Path(out)

