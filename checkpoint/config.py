@@ -21,8 +21,9 @@ HARMLESS = set(
     no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
     output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
     remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
-    speed_adapted suppress_tokens swiftkv task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    speed_adapted speed_llama suppress_tokens swiftkv swiftkv_layers swiftkv_only task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache
 
     attention_bias bos_token_id eos_token_id head_dim hidden_act hidden_size intermediate_size key_value_group_size
     layer_types max_position_embeddings mlp_bias model_type num_attention_heads num_hidden_layers

@@ -1,6 +1,7 @@
 """Reads the one file that the engine's exporter writes: weights under Hugging Face's names, config and tokenizer."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,21 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letter = {b: chr(b) for b in plain}
     letter.update({b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letter)})
-    special = dict(about["tokenizer"]["special"])
+    rules = about["tokenizer"]
+    special, added = dict(rules["special"]), dict(rules.get("added", []))
     token = ["".join(letter[b] for b in data[a:z]) for a, z in zip(offsets[:-1], offsets[1:], strict=True)]
-    vocab = {text: i for i, text in enumerate(token) if text and i not in special}
-    vocab.update({text: i for i, text in special.items()})
+    for i in rules.get("unmatched", []):  # spelled in plain letters, not in those of bytes
+        token[i] = data[offsets[i] : offsets[i + 1]].decode()
+    vocab = {text: i for i, text in enumerate(token) if text and i not in special and i not in added}
+    vocab.update({text: i for i, text in [*special.items(), *added.items()]})
     pairs = [(token[a], token[b]) for a, b, _ in merges]
-    bpe = Tokenizer(models.BPE(vocab, pairs, ignore_merges=about["tokenizer"]["ignore_merges"]))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in about["tokenizer"]["split"]]
+    bpe = Tokenizer(models.BPE(vocab, pairs, ignore_merges=rules["ignore_merges"]))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rules["split"]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken(text, normalized=False) for _, text in sorted(special.items())])
+    bpe.add_tokens([AddedToken(text, normalized=False) for _, text in sorted(added.items())])
     config, chat = about["config"], about["chat"]
     named = {"bos_token": config["bos_token_id"], "eos_token": (config["eos_token_id"] or [None])[0]}
     named["pad_token"] = named["eos_token"]
@@ -84,30 +89,64 @@ def read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         **{name: special.get(i, token[i]) for name, i in named.items() if i is not None},
     )
     if chat:
-        tokenizer.chat_template = chat_template(chat)
+        tokenizer.chat_template = chat_template(chat, special.values())
     return tokenizer
 
 
-def chat_template(chat: dict[str, Any]) -> str:
-    """The jinja template that writes a conversation with the given turn marks. Dates: the marks' default."""
+def chat_template(chat: dict[str, Any], special: Iterable[str]) -> str:
+    """The jinja template that writes a conversation with the given turn marks (tokenizer.h says what they hold). Dates:
+    the marks' default."""
+    if isinstance(chat["trim"], bool):  # files exported before: marks by role
+        chat = _by_place(chat)
 
-    def text(x: str) -> str:
-        x = json.dumps(x.replace("{date}", chat["date_default"] or ""), ensure_ascii=False)
-        return "{{ " + x + " }}"
+    def text(mark: str) -> str:
+        return "{{ " + json.dumps(mark.replace("{date}", chat["date_default"] or ""), ensure_ascii=False) + " }}"
 
-    content = "m.content | trim" if chat["trim"] else "m.content"
-    turns = "".join(
-        f"{'{% if' if i == 0 else '{% elif'} m.role == '{role}' %}}{text(chat[role][0])}{{{{ {content} }}}}"
-        f"{text(chat[role][1])}"
-        for i, role in enumerate(("system", "user", "assistant"))
-    )
-    default = ""
-    if chat["system_default"] is not None:
-        before, after = chat["system"]
-        default = (
-            "{% if messages[0].role != 'system' %}" + text(before + chat["system_default"] + after) + "{% endif %}"
+    def content(name: str, place: str) -> str:
+        return name + {"none": "", "left": ".lstrip()", "right": ".rstrip()", "both": ".strip()"}[chat["trim"][place]]
+
+    if chat["system"] is None:
+        begin = "{{ raise_exception('this template takes no system text') }}"
+    else:
+        begin = (
+            f"{text(chat['system'][0])}{{{{ {content('messages[0].content', 'system')} }}}}{text(chat['system'][1])}"
         )
+        if chat["system_empty"] is not None:
+            begin = (
+                f"{{% if {content('messages[0].content', 'system')} %}}{begin}"
+                f"{{% else %}}{text(chat['system_empty'])}{{% endif %}}"
+            )
+    last, past = chat["generation"], chat["past"]
+    # The marks do not say where an answer's end becomes the next user's header: a last answer ends with its stop token.
+    ends = [past[1].index(token) + len(token) for token in special if token in past[1]]
+    close = past[1][: min(ends, default=len(past[1]))]
     return (
-        text(chat["begin"]) + default + "{% for m in messages %}" + turns + "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}" + text(chat["assistant"][0]) + "{% endif %}"
+        "{% set given = messages[0].role == 'system' %}"
+        f"{{% if given %}}{begin}{{% set turns = messages[1:] %}}"
+        f"{{% else %}}{text(chat['open'])}{{% set turns = messages %}}{{% endif %}}"
+        "{% for m in turns %}{% if m.role == 'user' %}"
+        f"{{% if given and loop.first %}}{{{{ {content('m.content', 'after_system')} }}}}"
+        f"{{% else %}}{{{{ {content('m.content', 'user')} }}}}{{% endif %}}"
+        f"{{% if not loop.last %}}{text(past[0])}{{% else %}}{text(last[0])}{{% endif %}}"
+        f"{{% else %}}{{{{ {content('m.content', 'assistant')} }}}}"
+        f"{{% if not loop.last %}}{text(past[1])}{{% else %}}{text(close)}{{% endif %}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{text(last[1])}{{% endif %}}"
     )
+
+
+def _by_place(chat: dict[str, Any]) -> dict[str, Any]:
+    """Marks by role, as older files have them, as marks by place."""
+    side, (user, end), (answer, close) = "both" if chat["trim"] else "none", chat["user"], chat["assistant"]
+    before, after = chat["system"]
+    default = "" if chat["system_default"] is None else before + chat["system_default"] + after
+    return {
+        "trim": dict.fromkeys(("system", "after_system", "user", "assistant"), side),
+        "open": chat["begin"]
+        + ("" if chat["system_default"] is None else before + chat["system_default"] + after)
+        + user,
+        "system": [chat["begin"] + before, after + user],
+        "system_empty": None,
+        "generation": [end, answer],
+        "past": [end + answer, close + user],
+        "date_default": chat["date_default"],
+    }
