@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache import PolicyCache
-from .configuration import FIELDS, SpeedLlamaConfig
+from .configuration import FIELDS, SpeedLlamaConfig, complete
 from .exported import lacks_ordinary, read_exported
 from .rows import Rows, make_mask, segments_seen, take_rows
 
@@ -345,12 +345,8 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
 
     def set_policy(self, **fields) -> None:
         """Changes the policy, K, anchor ... from the next call on; fields: the config's. ValueError, and nothing
-        changed, if the model cannot run it. Under full and share K is cleared."""
-        unknown = set(fields) - set(FIELDS)
-        if unknown:
-            raise ValueError(f"{sorted(unknown)[0]} is no field of the policy; there are {', '.join(FIELDS)}")
-        if fields.get("policy") in ("full", "share"):
-            fields = {"num_key_value_layers": None, **fields}
+        changed, if the model cannot run it. Full and share clear K; swiftkv takes the weights' own."""
+        fields = complete(fields, self.config.swiftkv_layers)
         trial = copy.copy(self.config)
         for name, value in fields.items():
             setattr(trial, name, value)
@@ -467,13 +463,17 @@ def packed_targets(labels: Tensor, columns: Tensor | None) -> Tensor:
 
 def apply_policy(model: LlamaForCausalLM, **fields) -> SpeedLlamaForCausalLM:
     """Puts a loaded LlamaForCausalLM under a policy, in place, and returns it: same weights and hooks, another forward
-    pass. fields: those of SpeedLlamaConfig. TypeError for another model, or for one spread by a device map."""
+    pass. fields: as for set_policy. TypeError for another model, or for one spread by a device map; ValueError for a
+    policy or an attention implementation that cannot be."""
     if type(model) is not LlamaForCausalLM:
         raise TypeError(f"{type(model).__name__}: apply_policy takes a LlamaForCausalLM")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise TypeError("this model is spread by a device map: load it by SpeedLlamaForCausalLM.from_pretrained")
-    config = SpeedLlamaConfig.from_dict(model.config.to_dict(), **fields)
-    config._attn_implementation = model.config._attn_implementation
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(f"attn_implementation {attention!r}: a policy runs with sdpa and eager only")
+    config = SpeedLlamaConfig.from_dict(model.config.to_dict(), **complete(fields, None))
+    config._attn_implementation = attention
     config.schedule()
     kinds = {LlamaModel: SpeedLlamaModel, LlamaForCausalLM: SpeedLlamaForCausalLM,
              LlamaDecoderLayer: SpeedLlamaDecoderLayer, LlamaAttention: SpeedLlamaAttention}  # fmt: skip
