@@ -105,3 +105,14 @@ def test_contexts_are_prompts(wide):
                     assert (score == pytest.approx(alone, rel=TOLERANCE)) == equal, (policy, split)
     with pytest.raises(NotImplementedError, match="no prompt"):
         model.loglikelihood_rolling([])
+
+
+def test_k_must_fit_the_policy(wide, random_model):
+    from speed_llama.evaluation import SpeedLM
+
+    for wrong, words in (({"policy": "speed"}, "give num_key_value_layers"), ({"k": 3}, "takes no num_key_value"),
+                         ({"policy": "swiftkv"}, "has none")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            SpeedLM(str(wide.folder), dtype="float32", **wrong)
+    model = SpeedLM(str(random_model("swiftkv2").file), policy="swiftkv", dtype="float32")
+    assert model.model.config.num_key_value_layers == 1

@@ -61,18 +61,19 @@ def test_batch_comparison_sees_faults(wide, policy, fault):
     model = wide.under(**policy)
     ids, mask, sequences = batch("left")
     right = model(torch.tensor([sequences[1]]), decode_start=STARTS[1]).logits[0, STARTS[1] :]
-    starts, places = list(STARTS), None
+    starts, places = list(STARTS), {}
     if fault == "pad seen":
         mask[1, 5] = 1  # a column of padding taken for a token
         starts[1] += 1
     elif fault == "position":
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        places[1, -2:] += 1
+        wrong = (mask.cumsum(1) - 1).clamp(min=0)
+        wrong[1, -2:] += 1  # as one segment, where positions are free
+        places = {"position_ids": wrong, "segment_ids": torch.zeros_like(mask), "segment_sees": torch.ones(3, 1, 1)}
     elif policy["policy"] == "full":
         return  # a split does not matter there
     else:
         starts[1] += 1
-    out = model(ids, attention_mask=mask, position_ids=places, decode_start=starts).logits[1, -len(right) :]
+    out = model(ids, attention_mask=mask, decode_start=starts, **places).logits[1, -len(right) :]
     rows = slice(1, None) if fault == "split" else slice(None)
     assert difference(out[rows], right[rows]) > 50 * TOLERANCE
 
@@ -209,6 +210,89 @@ def test_what_is_refused(wide):
     right, right_mask, _ = batch("right")
     with pytest.raises(ValueError, match="pad on the left"):
         generated(model, right, right_mask, prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("policy", CASES, ids=str)
+def test_a_split_outside_its_row_is_refused(wide, policy):
+    """Without a decode-phase token there is nothing to answer from. It counts each row's own tokens, not columns."""
+    model = wide.under(**policy)
+    for side in ("left", "right"):
+        ids, mask, _ = batch(side)
+        for start, words in (([33, 23, 12], "row 1 is 23, expected 0 to 22"), ([33, 20, 99], "row 2 is 99.* 0 to 30"),
+                             ([-1, 20, 12], "row 0 is -1, expected 0 to 39"), (23, "row 1 is 23"),
+                             ([5, 6], "one position for each of 3 rows"),
+                             ([[33, 20, 12]], "one position for each of 3 rows")):  # fmt: skip
+            for use_cache in (True, False):
+                with pytest.raises(ValueError, match=words):
+                    generated(model, ids, mask, decode_start=start, use_cache=use_cache)
+            with pytest.raises(ValueError, match=words):
+                model(ids, attention_mask=mask, decode_start=start)
+        assert generated(model, ids, mask, 1, decode_start=[39, 22, 30]).shape == (3, 41)
+
+
+@pytest.mark.parametrize("policy", CASES, ids=str)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_prompt_in_pieces(wide, policy, implementation):
+    """The split may lie in a later piece. In one without padding or decode-phase tokens the anchor goes on alone, and
+    sees nothing but itself."""
+    model = wide.under(implementation, **policy)
+    with torch.no_grad():
+        tokens, cache = torch.tensor([random_tokens(4, 20)]), PolicyCache()
+        model(tokens[:, :9], decode_start=15, past_key_values=cache)
+        got = model(tokens[:, 9:], past_key_values=cache).logits[0, 6:]
+        assert difference(got, model(tokens, decode_start=15).logits[0, 15:]) <= TOLERANCE
+
+
+def test_packed_sequences_are_refused(wide):
+    """Positions that start again once let a sequence see the one before it."""
+    ids, mask, _ = batch("left")
+    model = wide.under(policy="full")
+    packed = torch.arange(40).remainder(20)[None].expand(3, -1)
+    for places in (packed, torch.arange(40)[None] * 2):
+        with pytest.raises(ValueError, match="position_ids are not consecutive.*attention_mask"):
+            model(ids, position_ids=places)
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    for filler in (0, 1):
+        places = (mask.cumsum(1) - 1).masked_fill(mask == 0, filler)
+        assert torch.equal(model(ids, attention_mask=mask, position_ids=places).logits[mask.bool()], expected)
+    model(ids, attention_mask=mask, position_ids=torch.arange(40)[None])
+
+
+def test_a_marker_is_made_of_real_tokens(wide):
+    """A row that ends with the marker's first token is not completed by its padding."""
+    model = wide.under(policy="speed", k=3)
+    ids, mask, sequences = batch("right")
+    ids[1, 22], sequences[1][22] = 7, 7
+    ids[1, 5:7] = torch.tensor([7, 3])
+    model.config.decode_marker = [7, 3]  # 3 is the padding
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, packed=True).decode_columns
+    assert found[1, :3].tolist() == [0, 5, 6]
+
+
+def test_raw_errors_have_words(wide):
+    model, cache = wide.under(policy="speed", k=3), PolicyCache()
+    ids, mask, _ = batch("left")
+    for length in (0, 40):
+        empty = torch.zeros(3, length, dtype=torch.long)
+        with pytest.raises(ValueError, match="row 0 of the prompt is empty"):
+            generated(model, empty, torch.zeros_like(empty))
+    with pytest.raises(ValueError, match="holds no token"):
+        model(ids[:, :0])
+    first = generated(model, ids, mask, past_key_values=cache)
+    for rows in (1, 2):
+        with pytest.raises(ValueError, match=f"holds 3 sequences, the batch has {rows}"):
+            generated(model, first[:rows], None, past_key_values=cache, pad_token_id=None)
+        with pytest.raises(ValueError, match=f"holds 3 sequences, the batch has {rows}"):
+            model(ids[:rows, :1], past_key_values=cache)
+    with pytest.raises(FileNotFoundError, match="/nosuch.safetensors: no such file"):
+        SpeedLlamaForCausalLM.from_pretrained("/nosuch.safetensors")
+    model.config.output_hidden_states = True
+    try:
+        with pytest.raises(ValueError, match="output_hidden_states"):
+            model(ids)
+    finally:
+        model.config.output_hidden_states = False
 
 
 def test_pipeline_and_streamer(wide):

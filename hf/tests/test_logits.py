@@ -114,7 +114,8 @@ def test_planted_faults_are_seen(wide, tmp_path, fault):
                 got = model(torch.tensor([tokens]), decode_start=[split]).logits[0, split:]
         elif fault == "position":
             places = torch.arange(60)[None] + (torch.arange(60) >= split)  # the answer one further to the right
-            got = model(torch.tensor([tokens]), position_ids=places, decode_start=[split + 1]).logits[0, split:]
+            one = {"segment_ids": torch.zeros(1, 60, dtype=torch.long), "segment_sees": torch.ones(1, 1, 1)}
+            got = model(torch.tensor([tokens]), position_ids=places, decode_start=[split + 1], **one).logits[0, split:]
         elif fault == "split":
             got = model(torch.tensor([tokens]), decode_start=[split + 1]).logits[0, split + 1 :]
             expected = expected[1:]

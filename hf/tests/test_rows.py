@@ -3,8 +3,10 @@
 import pytest
 import torch
 from conftest import fields, policies, random_tokens
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from speed_llama import PolicyCache
+from speed_llama import PolicyCache, SpeedLlamaForCausalLM, apply_policy
 
 PROMPT, TAIL = 55, 5
 
@@ -111,3 +113,52 @@ def test_policies_that_do_not_fit_are_refused(random_model, wide):
     with pytest.raises(ValueError, match="for K = 1"):
         random_model("swiftkv2").model.set_policy(policy="swiftkv", num_key_value_layers=3)
     assert policies(bare.config) == [{"policy": "swiftkv", "k": 1}]
+
+
+@pytest.mark.parametrize("policy", ["speed", "pop"])
+def test_a_policy_without_its_k_is_refused(wide, policy):
+    """K = None once ran all layers under the name of the policy."""
+    model = wide.under()
+    with pytest.raises(ValueError, match="give num_key_value_layers"):
+        model.set_policy(policy=policy)
+    assert model.config.policy == "full"
+    with pytest.raises(ValueError, match="give num_key_value_layers"):
+        SpeedLlamaForCausalLM.from_pretrained(wide.file, policy=policy)
+    with pytest.raises(ValueError, match="give num_key_value_layers"):
+        apply_policy(LlamaForCausalLM.from_pretrained(wide.folder), policy=policy)
+
+
+def test_swiftkv_takes_the_k_of_its_weights(random_model, wide):
+    swiftkv = random_model("swiftkv2")
+    for k in ({}, {"num_key_value_layers": None}):
+        loaded = SpeedLlamaForCausalLM.from_pretrained(swiftkv.file, policy="swiftkv", **k)
+        assert loaded.config.schedule().narrow_from == loaded.config.num_key_value_layers == 1
+        for before in ({"policy": "full"}, {"policy": "speed", "k": 3}):
+            model = swiftkv.under(**before)
+            model.set_policy(policy="swiftkv", **k)
+            assert model.config.schedule().narrow_from == model.config.num_key_value_layers == 1
+    for k in ({}, {"num_key_value_layers": 3}, {"num_key_value_layers": 6}):
+        with pytest.raises(ValueError, match="has none"):
+            wide.under().set_policy(policy="swiftkv", **k)
+        with pytest.raises(ValueError, match="has none"):
+            SpeedLlamaForCausalLM.from_pretrained(wide.folder, policy="swiftkv", **k)
+
+
+@pytest.mark.parametrize("policy", [{"policy": "full"}, {"policy": "share", "kept_layers": [0, 2]}], ids=str)
+def test_k_where_there_is_none_is_refused(wide, policy):
+    for load in (lambda **f: SpeedLlamaForCausalLM.from_pretrained(wide.folder, **f),
+                 lambda **f: apply_policy(LlamaForCausalLM.from_pretrained(wide.folder), **f)):  # fmt: skip
+        with pytest.raises(ValueError, match="takes no num_key_value_layers"):
+            load(**policy, num_key_value_layers=3)
+        assert load(**policy).config.num_key_value_layers is None
+
+
+def test_apply_policy_refuses_what_it_cannot_do(wide):
+    stock = LlamaForCausalLM.from_pretrained(wide.folder)
+    for wrong in ({"k": 3}, {"use_anchor": False}):
+        with pytest.raises(ValueError, match="no field"):
+            apply_policy(stock, policy="speed", num_key_value_layers=3, **wrong)
+    stock.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="'flex_attention'"):
+        apply_policy(stock, policy="speed", num_key_value_layers=3)
+    assert type(stock) is LlamaForCausalLM and type(stock.model.layers[0]) is LlamaDecoderLayer

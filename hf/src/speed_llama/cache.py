@@ -37,6 +37,12 @@ class PolicyCache(DynamicCache):
             raise ValueError(f"the cache was filled under {self.made_under}, the model has {made_under}: start anew")
         self.made_under, self.short_from = made_under, short_from
 
+    def check_batch(self, batch: int) -> None:
+        """ValueError if the cache was filled by a batch of another size."""
+        held = self.layers[0].keys.shape[0] if self.get_seq_length() else batch
+        if held != batch:
+            raise ValueError(f"the cache holds {held} sequences, the batch has {batch}: use the same for each turn")
+
     def begin_turn(self, decode_start: Tensor, keep_answers: bool = False) -> None:
         """From here on, tokens before decode_start [B] are prompt: answers of earlier turns too, which lose their slots
         in the upper layers unless keep_answers. ValueError if a cached token would have to become decode-phase."""

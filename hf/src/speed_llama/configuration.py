@@ -15,12 +15,24 @@ KEY = "speed_policy"
 FIELDS = ("policy", "num_key_value_layers", "anchor", "kept_layers", "keep_answers", "decode_marker")
 
 
+def complete(fields: dict[str, Any], swiftkv_layers: int | None) -> dict[str, Any]:
+    """The fields of a policy with the K that it implies: none under full and share, under swiftkv that of the model's
+    weights. ValueError for one that does not exist."""
+    unknown = sorted(set(fields) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no field of the policy; there are {', '.join(FIELDS)}")
+    k = {"full": None, "share": None, "swiftkv": swiftkv_layers}
+    if fields.get("policy") in k and fields.get("num_key_value_layers") is None:
+        return {**fields, "num_key_value_layers": k[fields["policy"]]}
+    return fields
+
+
 @strict
 class SpeedLlamaConfig(LlamaConfig):
     """A Llama's config and its policy.
 
     policy: full, speed, pop, swiftkv or share (policy.py says what each does).
-    num_key_value_layers: K; a prompt token visits layers 0..K-1. None: all of them.
+    num_key_value_layers: K; a prompt token visits layers 0..K-1. None under full and share, which have no K.
     anchor: under speed, upper layers see position 0, the BoS.
     kept_layers: under share, the layers that keep a cache of their own, ascending, 0 among them.
     keep_answers: under speed with one cache for several turns, earlier answers keep their slots in upper layers.
@@ -93,7 +105,7 @@ class SpeedLlamaConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "SpeedLlamaConfig":
         """A saved policy is read; a published SwiftKV config, which names K and no policy, gets policy swiftkv. Keyword
-        arguments override."""
+        arguments override; a K that is None does not."""
         values = dict(config_dict)
         saved = values.pop(KEY, None)
         k = values.get("num_key_value_layers")
@@ -102,9 +114,10 @@ class SpeedLlamaConfig(LlamaConfig):
             values.setdefault("policy", "swiftkv")
         if saved is not None:
             values.update(saved)
-        values.update({name: kwargs.pop(name) for name in FIELDS if name in kwargs})
-        if values.get("policy") in (None, "full", "share") and "policy" in values:
-            values["num_key_value_layers"] = None
+        given = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        if given.get("num_key_value_layers") is None:
+            given.pop("num_key_value_layers", None)
+        values.update(complete(given, values.get("swiftkv_layers")))
         return super().from_dict(values, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:

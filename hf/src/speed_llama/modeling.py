@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .cache import PolicyCache
-from .configuration import FIELDS, SpeedLlamaConfig
+from .configuration import FIELDS, SpeedLlamaConfig, complete
 from .exported import lacks_ordinary, read_exported
 from .rows import Rows, make_mask, segments_seen, take_rows
 
@@ -148,16 +148,18 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
         rows that went through all layers (PolicyModelOutput).
 
         input_ids [B, T] or inputs_embeds [B, T, d]: the new tokens, padded on either side where attention_mask
-        [B, cached + T] is 0. position_ids [B, T]: by default counted from the mask.
+        [B, cached + T] is 0. position_ids [B, T]: by default counted from the mask; consecutive, one sequence a row.
         decode_start: B positions, or one; tokens before it are prompt. By default: what the cache was told; else, if
         the policy's logits depend on it, where the last config.decode_marker begins, else the last token; else 0.
-        Whoever feeds a prompt in pieces must pass it with the first: it is looked for in the tokens at hand.
+        Whoever feeds a prompt in pieces must pass it, and a PolicyCache, with the first: it is looked for in the tokens
+        at hand.
         decode_rows [B, T]: instead of it, which rows are decode-phase. segment_ids [B, T], segment_sees [B, G, G]: the
         sequence is a tree, several questions on one passage (rows.segments_seen). These for training, without a
         cache. ValueError or TypeError says what does not fit.
         """
         for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name):
+            asked = kwargs.get(name)
+            if getattr(self.config, name, False) if asked is None else asked:
                 raise ValueError(f"{name}: layers have different rows here, so there is no such tensor; use hooks")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -166,6 +168,8 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
         whole_only = decode_rows is not None or segment_ids is not None
         if use_cache is None:
             use_cache = config.use_cache and not self.training and not whole_only
+        if x.numel() == 0:
+            raise ValueError(f"the input has the shape {list(x.shape[:2])}: it holds no token")
         cache = PolicyCache() if use_cache and past_key_values is None else past_key_values
         if cache is not None:
             if not isinstance(cache, PolicyCache):
@@ -173,8 +177,15 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
             if whole_only:
                 raise ValueError("decode_rows and segment_ids are for whole sequences without a cache")
             cache.check_policy(config.describe(), schedule.short_from)
+            cache.check_batch(len(x))
         past = 0 if cache is None else cache.get_seq_length()
         valid = self.check_padding(attention_mask, past, x)
+        if position_ids is not None and segment_ids is None:
+            check_positions(position_ids.to(x.device), x, valid, past)
+        if decode_start is not None:
+            count = past + x.shape[1] if valid is None else valid.sum(1)
+            decode_start = read_start(decode_start, x.new_zeros(len(x), dtype=torch.long) + count,
+                                      in_pieces=past_key_values is not None)  # fmt: skip
         rows = self.choose_rows(x, valid, past, input_ids, position_ids, decode_start, decode_rows, cache)
         seen = None if segment_ids is None else (segment_ids.to(x.device), segment_sees.to(x.device).bool())
         wide_mask, narrow_mask, short_mask = self.make_masks(rows, valid, past, cache, x.dtype, seen)
@@ -251,7 +262,7 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
         """decode_start [B] of this call; None: all rows go on."""
         batch = len(positions)
         if decode_start is not None:
-            start = torch.as_tensor(decode_start, device=positions.device).expand(batch)
+            start = decode_start
         elif cache is not None and cache.decode_start is not None:
             return cache.split_of(batch).to(positions.device)
         elif self.config.split_matters():
@@ -270,12 +281,15 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
         columns = torch.arange(length, device=rows.real.device).expand(batch, length)
         going = rows.gather(columns)
 
-        def mask(slot: Tensor, valid: Tensor | None, slots: int, query: Tensor, key: Tensor) -> Tensor | None:
+        def mask(slot: Tensor, valid: Tensor | None, slots: int, query: Tensor, key: Tensor,
+                 last: bool = True) -> Tensor | None:  # fmt: skip
             seen = None if tree is None else segments_seen(tree[1], tree[0].gather(1, query), tree[0].gather(1, key))
-            return make_mask(slot, valid, slots, dtype, self.config._attn_implementation == "sdpa", seen)
+            return make_mask(slot, valid, slots, dtype, self.config._attn_implementation == "sdpa", seen, last)
 
         wide = mask(columns + past, valid, past + length, columns, columns)
-        narrow = mask(going + past, valid, past + length, going, columns)
+        narrow = mask(
+            going + past, valid, past + length, going, columns, last=length == 1
+        )  # else it may be the anchor's
         if self.config.schedule().short_from == self.config.num_hidden_layers:
             return [wide, narrow, None]
         kept = rows.real if rows.columns is None else rows.columns >= 0
@@ -294,11 +308,39 @@ class SpeedLlamaModel(SpeedLlamaPreTrainedModel, LlamaModel):
             raise ValueError("config.bos_token_id is None: the anchor of a cache from elsewhere cannot be made")
         alone = PolicyCache()
         bos = torch.full((1, 1), self.config.bos_token_id, device=self.embed_tokens.weight.device)
-        self(bos, past_key_values=alone, decode_start=1)
+        self(bos, past_key_values=alone, decode_start=0)
         for i in range(cache.short_from, self.config.num_hidden_layers):
             layer = alone.layers[i]
             cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), i)
         cache.add_short(torch.zeros(batch, 1, dtype=torch.long, device=bos.device))
+
+
+def read_start(decode_start: Any, count: Tensor, in_pieces: bool = False) -> Tensor:
+    """[B]: a caller's decode_start, one number or B. count [B]: the tokens of each row. ValueError if a row has no such
+    token; in_pieces: the token may still come."""
+    start = torch.as_tensor(decode_start, device=count.device)
+    if start.dim() > 1 or start.numel() not in (1, len(count)):
+        raise ValueError(f"decode_start has the shape {list(start.shape)}, expected one position for each of "
+                         f"{len(count)} rows")  # fmt: skip
+    start = start.expand(len(count))
+    wrong = start < 0 if in_pieces else (start < 0) | (start >= count)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        allowed = "0 or more" if in_pieces else f"0 to {int(count[row]) - 1}" if count[row] else "a row with tokens"
+        raise ValueError(f"decode_start of row {row} is {int(start[row])}, expected {allowed}: it counts the row's own "
+                         "tokens, and at least one of them is decode-phase")  # fmt: skip
+    return start
+
+
+def check_positions(position_ids: Tensor, x: Tensor, valid: Tensor | None, past: int) -> None:
+    """ValueError if the positions of a row's tokens are not consecutive. Padding may have any."""
+    positions = position_ids.expand(x.shape[:2])
+    real = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid[:, past:]
+    offset = positions - real.cumsum(1)
+    highest = torch.where(real, offset, offset.min()).amax(1)
+    if bool((real & (offset != highest[:, None])).any()):
+        raise ValueError("position_ids are not consecutive in a row: several sequences packed into one would see each "
+                         "other. Give each a row with an attention_mask, or name them by segment_ids")  # fmt: skip
 
 
 def find_decode_start(config: SpeedLlamaConfig, input_ids: Tensor | None, positions: Tensor, real: Tensor) -> Tensor:
@@ -309,7 +351,7 @@ def find_decode_start(config: SpeedLlamaConfig, input_ids: Tensor | None, positi
     if config.policy == "pop" or not marker or input_ids is None or input_ids.shape[1] < len(marker):
         return start
     found = (input_ids.unfold(1, len(marker), 1) == torch.tensor(marker, device=input_ids.device)).all(-1)
-    found = (found & real[:, : found.shape[1]]).to(positions.device)
+    found = found.to(real.device) & real.unfold(1, len(marker), 1).all(-1)
     at = torch.where(found, positions[:, : found.shape[1]], -1).amax(1)
     return torch.where(at >= 0, at, start)
 
@@ -328,6 +370,8 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
         config's fields are keyword arguments: policy="speed", num_key_value_layers=24."""
         path = Path(str(pretrained_model_name_or_path))
         if path.suffix != ".safetensors" or not path.is_file():
+            if path.suffix == ".safetensors" and not path.exists():
+                raise FileNotFoundError(f"{path}: no such file")
             if path.is_dir() and "config" not in kwargs:
                 values, _ = SpeedLlamaConfig.get_config_dict(path)
                 k = SpeedLlamaConfig.from_dict(values).swiftkv_layers
@@ -345,12 +389,8 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
 
     def set_policy(self, **fields) -> None:
         """Changes the policy, K, anchor ... from the next call on; fields: the config's. ValueError, and nothing
-        changed, if the model cannot run it. Under full and share K is cleared."""
-        unknown = set(fields) - set(FIELDS)
-        if unknown:
-            raise ValueError(f"{sorted(unknown)[0]} is no field of the policy; there are {', '.join(FIELDS)}")
-        if fields.get("policy") in ("full", "share"):
-            fields = {"num_key_value_layers": None, **fields}
+        changed, if the model cannot run it. Full and share clear K; swiftkv takes the weights' own."""
+        fields = complete(fields, self.config.swiftkv_layers)
         trial = copy.copy(self.config)
         for name, value in fields.items():
             setattr(trial, name, value)
@@ -430,9 +470,16 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
             if ids is not None and len(ids) > 1 and pad is not None and bool((ids[:, [0, -1]] == pad).any()):
                 raise ValueError("a padded batch needs its attention_mask: the split is found by it")
             kwargs["attention_mask"] = tokens.new_ones(tokens.shape[:2], dtype=torch.long)
+        if cache is not None:
+            cache.check_batch(len(tokens))
+        count = kwargs["attention_mask"].sum(1)
+        if not bool(count.all()):
+            raise ValueError(
+                f"row {int((count == 0).nonzero()[0])} of the prompt is empty: give it at least the BoS token"
+            )
         start = kwargs.pop("decode_start", None)
         if start is not None:
-            start = torch.as_tensor(start, device=tokens.device).expand(len(tokens))
+            start = read_start(start, count.to(tokens.device))
         elif self.config.schedule().narrow_from < self.config.num_hidden_layers - 1:
             mask = kwargs["attention_mask"]
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -467,13 +514,17 @@ def packed_targets(labels: Tensor, columns: Tensor | None) -> Tensor:
 
 def apply_policy(model: LlamaForCausalLM, **fields) -> SpeedLlamaForCausalLM:
     """Puts a loaded LlamaForCausalLM under a policy, in place, and returns it: same weights and hooks, another forward
-    pass. fields: those of SpeedLlamaConfig. TypeError for another model, or for one spread by a device map."""
+    pass. fields: as for set_policy. TypeError for another model, or for one spread by a device map; ValueError for a
+    policy or an attention implementation that cannot be."""
     if type(model) is not LlamaForCausalLM:
         raise TypeError(f"{type(model).__name__}: apply_policy takes a LlamaForCausalLM")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise TypeError("this model is spread by a device map: load it by SpeedLlamaForCausalLM.from_pretrained")
-    config = SpeedLlamaConfig.from_dict(model.config.to_dict(), **fields)
-    config._attn_implementation = model.config._attn_implementation
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(f"attn_implementation {attention!r}: a policy runs with sdpa and eager only")
+    config = SpeedLlamaConfig.from_dict(model.config.to_dict(), **complete(fields, None))
+    config._attn_implementation = attention
     config.schedule()
     kinds = {LlamaModel: SpeedLlamaModel, LlamaForCausalLM: SpeedLlamaForCausalLM,
              LlamaDecoderLayer: SpeedLlamaDecoderLayer, LlamaAttention: SpeedLlamaAttention}  # fmt: skip

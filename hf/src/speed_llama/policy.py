@@ -49,14 +49,19 @@ def make_schedule(
 ) -> Schedule:
     """The schedule of a policy on a model of `layers` layers.
 
-    k: a prompt token visits layers 0..k-1 (None: all); not for full and share. kept: share's layers with a cache.
+    k: a prompt token visits layers 0..k-1; None under full and share. kept: share's layers with a cache of their own.
     swiftkv_k, group: the layer from which the model has SwiftKV projections (None: it has none), and their group size.
     has_ordinary: the model has the ordinary projections in those layers too. ValueError says what does not fit."""
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}, expected one of {', '.join(POLICIES)}")
-    if policy in ("full", "share") and k not in (None, layers):
-        raise ValueError(f"policy {policy} takes no num_key_value_layers, got {k}")
-    k = layers if k is None else k
+    if policy == "swiftkv" and swiftkv_k is None:
+        raise ValueError("policy swiftkv needs projections trained for it; this model has none")
+    if policy in ("full", "share"):
+        if k not in (None, layers):
+            raise ValueError(f"policy {policy} takes no num_key_value_layers, got {k}")
+        k = layers
+    elif k is None:
+        raise ValueError(f"policy {policy} needs a K: give num_key_value_layers")
     if not 1 <= k <= layers:
         raise ValueError(f"num_key_value_layers is {k}, expected 1 to {layers}")
     if not has_ordinary and (policy != "swiftkv" or k == layers):
@@ -75,8 +80,8 @@ def make_schedule(
     if policy == "pop":
         return Schedule(k, ("rows",) * k + ("stream",) * (layers - k), itself, layers)
     if swiftkv_k != k:
-        has = "none" if swiftkv_k is None else f"them for K = {swiftkv_k}"
-        raise ValueError(f"policy swiftkv with K = {k} needs projections trained for it; this model has {has}")
+        raise ValueError(f"policy swiftkv with K = {k} needs projections trained for it; this model has them for "
+                         f"K = {swiftkv_k}")  # fmt: skip
     reads = tuple(i if i < k else i - (i - k) % group for i in itself)
     source = tuple("rows" if i < k else "swiftkv" if i == reads[i] else "none" for i in itself)
     return Schedule(k, source, reads, layers)

@@ -62,16 +62,22 @@ def take_rows(x: Tensor, row_of: Tensor) -> Tensor:
 
 
 def make_mask(
-    slot: Tensor, valid: Tensor | None, slots: int, dtype: torch.dtype, boolean: bool, seen: Tensor | None = None
+    slot: Tensor,
+    valid: Tensor | None,
+    slots: int,
+    dtype: torch.dtype,
+    boolean: bool,
+    seen: Tensor | None = None,
+    last: bool = False,
 ) -> Tensor | None:
     """[B, 1, R, S], what each query sees: every valid slot up to its own. True or 0 where it sees, False or the dtype's
-    lowest number where not. None, if one query sees all slots, or in the causal order that sdpa knows itself.
+    lowest number where not. None, if the only query is the last slot's (last), or in the causal order that sdpa knows.
 
     slot [B, R]: the slot of each query's own token. valid [B, S]: slots that hold a token; None: all of them.
     seen [B, R, S]: a further restriction. A query always sees its own slot, so that padding is never without any.
     """
     rows = slot.shape[1]
-    if valid is None and seen is None and (rows == 1 or (rows == slots and boolean)):
+    if valid is None and seen is None and ((rows == 1 and last) or (rows == slots and boolean)):
         return None
     every = torch.arange(slots, device=slot.device)
     visible = every <= slot[..., None]
