@@ -141,9 +141,7 @@ def _by_place(chat: dict[str, Any]) -> dict[str, Any]:
     default = "" if chat["system_default"] is None else before + chat["system_default"] + after
     return {
         "trim": dict.fromkeys(("system", "after_system", "user", "assistant"), side),
-        "open": chat["begin"]
-        + ("" if chat["system_default"] is None else before + chat["system_default"] + after)
-        + user,
+        "open": chat["begin"] + default + user,
         "system": [chat["begin"] + before, after + user],
         "system_empty": None,
         "generation": [end, answer],
