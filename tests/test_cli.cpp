@@ -84,11 +84,13 @@ TEST_CASE("every policy of the table runs by its name, alone and beside full dep
     if (p.takes_group) continue;  // the bundled model has no SwiftKV projections
     INFO(p.name);
     const std::string with = p.takes_kept ? " --every 2" : p.takes_k ? " --k 3" : "";
-    const Ran r = speed_("-p 'The code word is' -n 3 --policy " + std::string(p.name) + with);
+    const Ran r =
+        speed_("-m models/small.safetensors -p 'The code word is' -n 3 --policy " + std::string(p.name) + with);
     CHECK(r.code == 0);
     CHECK(r.err.find(p.name) != std::string::npos);
     const std::string list = p.name + std::string(p.takes_kept ? ":2" : p.takes_k ? ":3" : "");
-    const Ran c = speed_("-p 'The code word is' -n 3 --compare speed:8," + list + " -o json");
+    const Ran c =
+        speed_("-m models/small.safetensors -p 'The code word is' -n 3 --compare speed:8," + list + " -o json");
     CHECK(c.code == 0);
     CHECK(c.out.find("\"policy\": \"" + std::string(p.name) + "\"") != std::string::npos);
   }
