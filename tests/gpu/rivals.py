@@ -1,7 +1,8 @@
 """What others reach on this GPU in the shapes of Llama-3.1-8B, through PyTorch: `rivals.py [STEM]`, a line each.
 
-Attention by cuDNN and by FlashAttention-2, products by cuBLAS, copies, in the sizes of times.cu. Every time is the
-median of several runs after one uncounted. STEM.tsv is the same for programs.
+Attention by cuDNN and by FlashAttention-2, products by cuBLAS, copies, in the sizes of times.cu; then the whole model in
+transformers, random weights: a prompt with each backend, and tokens after it. Every time is the median of several runs
+after one uncounted. STEM.tsv is the same for programs.
 """
 
 import sys
@@ -82,6 +83,54 @@ def main():
         ):
             x, w = values(rows, n_in), values(n_out, n_in)
             line(f"cuBLAS {name}, {rows} rows", median_seconds(torch.matmul, x, w.T), flops=2 * rows * n_in * n_out)
+    del a, b, x, w
+
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import __version__ as version
+    except ImportError as error:
+        print(f"transformers: skipped: {error}")
+        return 0
+    config = LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+        rope_theta=500000.0,
+        max_position_embeddings=131072,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cuda").eval()
+    with torch.device("cuda"):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table was left empty, too
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    print(f"transformers {version}, Llama-3.1-8B, random weights in bf16", flush=True)
+    with torch.inference_mode():
+        for length in (2048, 8192, 32768):
+            ids = torch.randint(1000, (1, length), device="cuda")
+            for backend, name in (*kinds, (SDPBackend.EFFICIENT_ATTENTION, "memory-efficient")):
+                try:
+                    with sdpa_kernel(backend):
+                        seconds = median_seconds(model, ids, repeats=3, use_cache=True, logits_to_keep=1)
+                except RuntimeError as error:
+                    print(f"prompt of {length}, {name}: refused: {str(error).splitlines()[0][:90]}", flush=True)
+                    continue
+                line(f"prompt of {length}, {name}", seconds, flops=2 * length * 6.98e9 + 4 * 32 * 4096 * length**2 / 2)
+            if length > 8192:
+                continue
+            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+            def steps(cache=cache):
+                for _ in range(16):
+                    model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+            seconds = median_seconds(steps, repeats=2) / 16
+            line(f"token after {length}", seconds, 2 * 7.5e9 + length * 32 * 4096)
     return 0
 
 
