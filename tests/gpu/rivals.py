@@ -1,8 +1,8 @@
 """What others reach on this GPU in the shapes of Llama-3.1-8B, through PyTorch: `rivals.py [STEM]`, a line each.
 
-Attention by cuDNN and by FlashAttention-2, products by cuBLAS, copies, in the sizes of times.cu; then the whole model in
-transformers, random weights: a prompt with each backend, and tokens after it. Every time is the median of several runs
-after one uncounted. STEM.tsv is the same for programs.
+Attention by cuDNN and by FlashAttention-2, products by cuBLAS, copies, in the sizes of times.cu. Then the whole model
+in transformers with random weights: a prompt with each backend, and tokens after it. Every time is the median of
+several runs after one uncounted. STEM.tsv is the same for programs.
 """
 
 import sys
@@ -125,7 +125,7 @@ def main():
                 continue
             cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
-            def steps(cache=cache):
+            def steps(ids=ids, cache=cache):
                 for _ in range(16):
                     model(ids[:, :1], past_key_values=cache, use_cache=True)
 

@@ -161,17 +161,17 @@ void attention() {
   gpu->load(
       Model(Shape{"", 1, int(hidden), int(heads), int(kv_heads), int(head_dim), 64, 64, true}, false));  // its scratch
   Gpu::Buffer<uint32_t> begin(1);
-  for (uint32_t length : {2048u, 8192u, 32768u, 131071u}) {
+  for (uint32_t length : {2047u, 8191u, 32767u, 131071u}) {  // slots before the row's own
     gpu->upload(begin.get(), &length, 1);
-    const size_t caches = length <= 32768 ? 4 : 1, slots = longest / caches;
-    line("attention of one row over " + std::to_string(length),
+    const size_t caches = length < 32768 ? 4 : 1, slots = longest / caches;
+    line("attention of one row over " + std::to_string(length + 1),
          median_seconds([&] {
            for (size_t i = 0; i < caches; ++i)
              gpu->attention(o.get(), q.get(),
                             {k.get() + i * slots * kv_width, v.get() + i * slots * kv_width, slots, 0, 0, begin.get()},
                             1, 1, heads, kv_heads, head_dim);
          }) / double(caches),
-         double(length) * each);
+         double(length + 1) * each);
   }
 }
 
