@@ -194,6 +194,7 @@ class Model {
   Weights weights;
   std::unique_ptr<Tokenizer> tokenizer;
   std::optional<ChatTemplate> chat;
+  std::string sha256;        // of all weights, as the exporter computed it; empty where the file does not say
   std::string chat_refused;  // why the checkpoint's chat template is not in the file, if it has one
   uint64_t parameters = 0;   // all of the file's, whether a policy uses them or not
 
@@ -202,6 +203,7 @@ class Model {
     if (container_->metadata("format") != "speed 1")
       fail("format \"" + container_->metadata("format") + "\", expected \"speed 1\"");
     read_config(parse_json(container_->metadata("config"), path + ": config", hint_));
+    if (container_->has_metadata("sha256")) sha256 = container_->metadata("sha256");
     const uint64_t V = config.shape.vocab;
     read_tokenizer(V);
     if (!config.tokenizer_only) read_weights();

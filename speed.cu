@@ -689,14 +689,15 @@ class Sampler {
 
 // ---- generation: token ids in, token ids out ----------------------------------------------------------------------
 
+enum class Ended { at_stop_token, by_caller, at_limit, interrupted };
 struct Answer {
   std::vector<int> ids;     // generated, a stop token at the end included
   size_t decode_steps = 0;  // how many of these were fed back
   double first_token = 0;   // seconds from the start of prefill to the first token
   double decode = 0;        // seconds for all decode steps
-  Counters prompt;          // counted in prefill
+  Counters prompt, steps;   // counted in this prefill, and in these decode steps
   uint64_t kv_bytes = 0;    // in the KV caches at the end
-  bool interrupted = false;
+  Ended ended = Ended::at_limit;
 };
 
 // Prefills ids[0, N), the first `split` of them prompt, then generates up to max_new tokens. It stops after a token of
@@ -708,24 +709,30 @@ Answer generate(Engine<B>& engine, std::span<const int> ids, size_t split, size_
   auto seconds_since = [](clock::time_point t) { return std::chrono::duration<double>(clock::now() - t).count(); };
   const size_t vocab = size_t(engine.shape().vocab);
   Answer a;
+  const Counters before = engine.counted();
   const auto start = clock::now();
   try {
     int token = 0;
     engine.prefill(ids, split, [&](size_t, const float* logits) { token = sampler(logits, vocab); });
-    a.prompt = engine.counted();
+    a.prompt = engine.counted() - before;
     a.first_token = seconds_since(start);
     const auto decode_start = clock::now();
     for (;;) {
       a.ids.push_back(token);
-      if (std::find(stop_ids.begin(), stop_ids.end(), token) != stop_ids.end()) break;
-      if (!on_token(token) || a.ids.size() == max_new) break;
-      token = sampler.greedy() ? engine.decode_greedy(token) : sampler(engine.decode(token), vocab);
-      ++a.decode_steps;
-      a.decode = seconds_since(decode_start);
+      if (std::find(stop_ids.begin(), stop_ids.end(), token) != stop_ids.end()) a.ended = Ended::at_stop_token;
+      else if (!on_token(token)) a.ended = Ended::by_caller;
+      else if (a.ids.size() < max_new) {
+        token = sampler.greedy() ? engine.decode_greedy(token) : sampler(engine.decode(token), vocab);
+        ++a.decode_steps;
+        a.decode = seconds_since(decode_start);
+        continue;
+      }
+      break;
     }
   } catch (const Interrupted&) {
-    a.interrupted = true;
+    a.ended = Ended::interrupted;
   }
+  if (a.first_token > 0) a.steps = engine.counted() - before - a.prompt;
   a.kv_bytes = engine.kv_bytes_used();
   return a;
 }

@@ -6,11 +6,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <string>
 
 #include "error.h"
@@ -58,56 +58,89 @@ class MappedFile {
 // Path of the temporary file of OutputFile while there is one, for a signal handler, which may not read a std::string.
 inline char unfinished[4096] = "";
 
-// Writes a file under a temporary name beside it and renames it when it is complete, so half a file is never seen. A
-// pipe or device (/dev/null) is written directly, never replaced.
+// Where output named by a path goes.
+struct Destination {
+  std::string path;       // with links followed: what a link points to is written, the link stays
+  int descriptor = -1;    // of an open file that the path stands for: "-" (standard output), /dev/stdout, /dev/fd/3
+  bool in_place = false;  // a descriptor, pipe or device: written as it is, never replaced
+};
+
+inline Destination destination_of(const std::string& path) {
+  namespace fs = std::filesystem;
+  if (path == "-") return {path, 1, true};
+  std::error_code none;
+  fs::path at = path;
+  for (int links = 0; links < 40; ++links) {
+    const std::string folder = at.parent_path().string(), name = at.filename().string();
+    // One of this process's own open files. Opened by its path again it would be cut to length 0.
+    if ((folder == "/proc/self/fd" || folder == "/dev/fd" || folder == "/proc/" + std::to_string(::getpid()) + "/fd") &&
+        !name.empty() && name.size() < 9 && name.find_first_not_of("0123456789") == std::string::npos)
+      return {path, std::stoi(name), true};
+    if (!fs::is_symlink(fs::symlink_status(at, none))) break;
+    const fs::path to = fs::read_symlink(at, none);
+    at = to.is_absolute() ? to : at.parent_path() / to;
+  }
+  const auto there = fs::status(at, none);
+  return {at.string(), -1, fs::exists(there) && !fs::is_regular_file(there) && !fs::is_directory(there)};
+}
+
+// Writes a file under a temporary name beside it and renames it when it is complete, so half a file is never seen.
 class OutputFile {
  public:
-  explicit OutputFile(const std::string& path) : path_(path), temporary_(path) {
-    std::error_code none;
-    const auto there = std::filesystem::status(path, none);
-    if (!std::filesystem::exists(there) || std::filesystem::is_regular_file(there))
+  explicit OutputFile(const std::string& path) : path_(path), to_(destination_of(path)), temporary_(to_.path) {
+    if (to_.in_place) {
+      const int fd = to_.descriptor >= 0 ? ::dup(to_.descriptor) : ::open(to_.path.c_str(), O_WRONLY | O_CLOEXEC);
+      file_ = fd >= 0 ? ::fdopen(fd, "wb") : nullptr;
+    } else {
       temporary_ += ".part." + std::to_string(::getpid());
-    else done_ = true;
-    if (!done_ && temporary_.size() < sizeof unfinished) temporary_.copy(unfinished, temporary_.size());
-    out_.open(temporary_, std::ios::binary | std::ios::trunc);
-    if (!out_) fail();
+      if (temporary_.size() < sizeof unfinished) temporary_.copy(unfinished, temporary_.size());
+      std::error_code none;
+      if (std::filesystem::is_directory(to_.path, none)) errno = EISDIR;
+      else if (none == std::errc::too_many_symbolic_link_levels) errno = none.value();
+      else file_ = std::fopen(temporary_.c_str(), "wb");
+    }
+    if (!file_) {
+      forget();
+      fail();
+    }
   }
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
   ~OutputFile() {
-    std::fill(std::begin(unfinished), std::end(unfinished), '\0');
-    if (done_) return;
-    out_.close();
-    std::error_code ignored;
-    std::filesystem::remove(temporary_, ignored);
+    if (file_) std::fclose(file_);
+    if (!done_ && !to_.in_place) ::unlink(temporary_.c_str());
+    forget();
   }
   void write(const void* data, size_t bytes) {
-    out_.write(static_cast<const char*>(data), std::streamsize(bytes));
-    if (!out_) fail();
+    if (std::fwrite(data, 1, bytes, file_) != bytes) fail();
   }
   void write(const std::string& s) { write(s.data(), s.size()); }
   void finish() {
-    out_.close();
-    if (!out_ || (temporary_ != path_ && std::rename(temporary_.c_str(), path_.c_str()) != 0)) fail();
+    const bool closed = std::fclose(file_) == 0;
+    file_ = nullptr;
+    if (!closed || (!to_.in_place && std::rename(temporary_.c_str(), to_.path.c_str()) != 0)) fail();
     done_ = true;
   }
 
  private:
+  static void forget() { std::fill(std::begin(unfinished), std::end(unfinished), '\0'); }
   [[noreturn]] void fail() const {
     throw Error(1, path_, std::string("cannot be written: ") + std::strerror(errno),
                 "check the folder and the space left");
   }
-  std::string path_, temporary_;
-  std::ofstream out_;
-  bool done_ = false;  // there is no temporary file to remove
+  std::string path_;
+  Destination to_;
+  std::string temporary_;
+  std::FILE* file_ = nullptr;
+  bool done_ = false;  // nothing temporary is left
 };
 
 // Throws at once, not after a long run, if `path` cannot be written. Leaves nothing behind.
 inline void require_writable(const std::string& path) {
-  std::error_code none;
-  const auto there = std::filesystem::status(path, none);
-  const bool special = std::filesystem::exists(there) && !std::filesystem::is_regular_file(there) &&
-                       !std::filesystem::is_directory(there);  // not opened: a pipe's reader would notice
-  if (!special) OutputFile{path};
-  else if (::access(path.c_str(), W_OK) != 0)
+  const Destination to = destination_of(path);
+  if (!to.in_place) OutputFile{path};
+  else if (to.descriptor >= 0 ? ::fcntl(to.descriptor, F_GETFL) < 0  // not opened: a pipe's reader would notice
+                              : ::access(to.path.c_str(), W_OK) != 0)
     throw Error(1, path, std::string("cannot be written: ") + std::strerror(errno), "check who may write it");
 }
 

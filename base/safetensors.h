@@ -63,6 +63,7 @@ class SafeTensors {
     return it->second;
   }
 
+  bool has_metadata(const std::string& key) const { return metadata_.count(key) > 0; }
   bool has(const std::string& name) const { return tensors_.count(name) > 0; }
 
   // The tensor's data, after its dtype, shape and alignment were compared with what is expected.

@@ -57,6 +57,12 @@ inline json device_record(const Gpu& gpu) {
 }
 #endif
 
+inline json model_record(const Model& model) {
+  return {{"name", model.config.shape.name},
+          {"file", model.path()},
+          {"sha256", model.sha256.empty() ? json() : json(model.sha256)}};
+}
+
 // Loads the model and calls work(model, backend) with the device that the flags name: under auto a GPU, if
 // there is one that supports this shape, else the CPU. The run record says which.
 template <class Work>
@@ -66,6 +72,7 @@ int on_device(const Options& o, json& record, Work work) {
   auto run = [&](auto& backend) {
     const int code = work(model, backend);
     record["device"] = device_record(backend);
+    if (model.has_file()) record["model"] = model_record(model);
     return code;
   };
 #ifdef __CUDACC__

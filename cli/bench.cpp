@@ -267,7 +267,9 @@ int bench(const Options& o, json& record, Model& model, B& backend) {
   const Config& c = model.config;
   std::vector<BenchTest> tests;
   const auto prompts = read_numbers(o.prompts, "-p"), depths = read_numbers(o.depths, "--depth");
-  for (const Policy& p : bench_policies(o, model)) {
+  std::vector<Policy> policies = listed_policies(o, model);
+  if (!o.policy) policies.insert(policies.begin(), full_depth(c.shape.n_layers));
+  for (const Policy& p : policies) {
     for (int n : prompts) {
       if (n == 0) throw Error(2, "-p 0", "a prompt has one token or more", "give lengths from 1, or -p '' for none");
       tests.push_back({.policy = p, .prompt = size_t(n)});
@@ -275,7 +277,7 @@ int bench(const Options& o, json& record, Model& model, B& backend) {
     if (o.n > 0)
       for (int depth : depths) tests.push_back({.policy = p, .gen = size_t(o.n), .depth = size_t(depth)});
   }
-  if (tests.empty()) throw Error(2, "bench", "there is nothing to time", "give -p, -n or --policy a value");
+  if (tests.empty()) throw Error(2, "bench", "there is nothing to time", "give -p or -n a value");
   for (const BenchTest& t : tests)
     if (t.prompt + t.depth + t.gen > size_t(c.context))
       throw Error(2, "bench",

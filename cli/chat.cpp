@@ -63,10 +63,10 @@ class Conversation {
     const Answer a = answer(*engine_, model_, r, split, std::min<size_t>(size_t(o_.n), room), o_,
                             [](const std::string& s) { std::cout << s << std::flush; });
     std::cout << std::endl;
-    turns_.push_back(answer_record(policy_, r.ids.size(), split, a));
+    turns_.push_back(answer_record(policy_, r.ids.size(), split, a, size_t(o_.n)));
     turns_.back()["prompt_ids"] = r.ids;
     turns_.back()["new_ids"] = a.ids;
-    if (a.interrupted) return;
+    if (a.ended == Ended::interrupted) return;
     started_ = true;
     history_.insert(history_.end(), r.ids.begin(), r.ids.end());
     history_.insert(history_.end(), a.ids.begin(), a.ids.begin() + long(a.decode_steps));
@@ -77,7 +77,7 @@ class Conversation {
     if (std::find(stops.begin(), stops.end(), a.ids.back()) == stops.end()) unprocessed_ = {a.ids.back()};
     if (a.ids.size() == room)
       note("the context of " + std::to_string(context_) + " tokens is full; /reset starts anew");
-    if (::isatty(2)) print_summary(policy_, r, split, a);
+    if (::isatty(2)) print_summary(policy_, r, split, a, size_t(o_.n));
   }
 
   void command(const std::string& line) {

@@ -4,10 +4,10 @@
 
 namespace speed {
 
-// A policy fed with the reference answer.
+// A policy fed with full depth's answer.
 struct TeacherForced {
-  double same_top1;   // share of its tokens that this policy, too, finds likeliest
-  uint64_t kv_bytes;  // in the KV caches at its end
+  std::vector<int> likeliest;  // token before each token of the answer
+  uint64_t kv_bytes;           // in the KV caches at its end
 };
 
 template <class B>
@@ -16,20 +16,23 @@ TeacherForced teacher_force(const Model& model, const Policy& p, const Request& 
   std::vector<int> ids = r.ids;
   ids.insert(ids.end(), answer.begin(), answer.end() - 1);
   Engine<B> engine = make_engine(model, p, ids.size(), ids.size() - split, o, b);
-  size_t same = 0, first = r.ids.size() - 1 - split;
+  const size_t first = r.ids.size() - 1 - split;
+  std::vector<int> likeliest;
   engine.prefill(
       ids, split,
       [&](size_t i, const float* l) {
-        if (i >= first) same += arg_max(l, model.config.shape.vocab) == answer[i - first];
+        if (i >= first) likeliest.push_back(arg_max(l, model.config.shape.vocab));
       },
       true);
-  return {double(same) / double(answer.size()), engine.kv_bytes_used()};
+  return {likeliest, engine.kv_bytes_used()};
 }
 
 template <class B>
 int compare(const Options& o, json& record, const Model& model, const Request& r, B& backend) {
   const Config& c = model.config;
   const std::vector<Policy> policies = compared_policies(o, model);
+  if (o.compare->empty() && policies[1].is_full())
+    throw Error(2, "--compare", "the policy is full depth itself", "add --k K, or a list as --compare speed:24,pop:20");
   const size_t N = r.ids.size(), context = context_for(o, c, N, size_t(o.n));
   const size_t n = std::min(size_t(o.n), context - N + 1);
   constexpr int rounds = 3;  // of timing each prompt, policies in turn; the table shows the median
@@ -52,7 +55,7 @@ int compare(const Options& o, json& record, const Model& model, const Request& r
         },
         n));
     if (show) std::cout << "\n";
-    if (answers.back().interrupted) return 130;
+    if (answers.back().ended == Ended::interrupted) return 130;
     first[answers.size() - 1].push_back(answers.back().first_token);
   }
   for (int i = 1; i < rounds; ++i)
@@ -70,6 +73,7 @@ int compare(const Options& o, json& record, const Model& model, const Request& r
                {"kv_bytes", "KV cache"},
                {"first_token_s", "first token"},
                {"decode_tokens_per_s", "tokens/s"}});
+  std::vector<int> full_likeliest;  // what is drawn at a temperature is not what was likeliest
   for (size_t j = 0; j < policies.size(); ++j) {
     const Policy& p = policies[j];
     const Answer& a = answers[j];
@@ -78,12 +82,16 @@ int compare(const Options& o, json& record, const Model& model, const Request& r
         size_t(std::mismatch(a.ids.begin(), a.ids.end(), reference.begin(), reference.end()).first - a.ids.begin());
     const bool differs = a.ids != reference;
     const TeacherForced forced = teacher_force(model, p, r, split_under(p, o, r), reference, o, backend);
+    if (j == 0) full_likeliest = forced.likeliest;
+    size_t same = 0;
+    for (size_t i = 0; i < reference.size(); ++i) same += forced.likeliest[i] == full_likeliest[i];
+    const double same_top1 = double(same) / double(reference.size());
     const double rate = a.decode_steps ? double(a.decode_steps) / a.decode : 0;
     table.row({name(p.method),
                p.k,
                bos_of(p),
                describe(p),
-               {forced.same_top1, fixed(100 * forced.same_top1, 1) + " %"},
+               {same_top1, percent(same_top1)},
                {differs ? json(first_difference + 1) : json(),
                 differs ? "token " + std::to_string(first_difference + 1) : "-"},
                {a.prompt.flops, flops_text(double(a.prompt.flops))},
@@ -108,13 +116,25 @@ int generate_text(const Options& o, json& record, const Model& model, B& backend
   const size_t n = std::min(size_t(o.n), context - N + 1);
   note_if_not_adapted({policy}, c);
   Engine<B> engine = make_engine(model, policy, context, std::min(context, N - split + n), o, backend, true);
-  const Answer a = answer(engine, model, r, split, n, o, [](const std::string& s) { std::cout << s << std::flush; });
-  std::cout << std::endl;
-  print_summary(policy, r, split, a);
-  record["result"] = answer_record(policy, N, split, a);
+  std::string text;
+  const Answer a = answer(engine, model, r, split, n, o, [&](const std::string& s) {
+    text += s;
+    if (o.format != "json") std::cout << s << std::flush;
+  });
+  record["result"] = answer_record(policy, N, split, a, size_t(o.n));
   record["prompt_ids"] = r.ids;
   record["new_ids"] = a.ids;
-  return a.interrupted ? 130 : 0;
+  record["text"] = text;
+  if (o.format == "json") {
+    json all = record["result"];
+    all["text"] = text;
+    all["model"] = model_record(model);
+    all["date"] = now();
+    std::cout << all.dump(2, ' ', false, json::error_handler_t::replace);
+  }
+  std::cout << std::endl;
+  print_summary(policy, r, split, a, size_t(o.n));
+  return a.ended == Ended::interrupted ? 130 : 0;
 }
 
 int run_generate(const Options& o, json& record) {

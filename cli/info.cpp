@@ -13,11 +13,17 @@ int run_info(const Options& o, json&) {
   const Config& c = model.config;
   const Shape& s = c.shape;
   Table table({{"what", "what"}, {"value", "value"}});
+  json all;  // for programs: one object
   auto line = [&](const std::string& what, const json& value, const std::string& text = "") {
     table.row({what, text.empty() ? Table::Cell(value) : Table::Cell(value, text)});
+    std::string key;
+    for (char c : what) key += std::isalnum(static_cast<unsigned char>(c)) ? char(std::tolower(c)) : '_';
+    all[key] = value;
   };
   line("name", s.name);
   line("file", model.path());
+  line("SHA256", model.sha256.empty() ? json() : json(model.sha256),
+       model.sha256.empty() ? "not in the file" : model.sha256);
   line("file bytes", model.file_bytes(), bytes_text(double(model.file_bytes())));
   line("vocabulary", s.vocab);
   line("BoS id", c.bos >= 0 ? json(c.bos) : json(), c.bos >= 0 ? std::to_string(c.bos) : "none");
@@ -55,7 +61,8 @@ int run_info(const Options& o, json&) {
     const uint64_t kv_bytes = Cost{s, full}.kv_bytes(1, 0, sizeof(Cpu::CacheValue));
     line("KV cache a token", kv_bytes, bytes_text(double(kv_bytes)));
   }
-  table.print(std::cout, o.format);
+  if (o.format == "json") std::cout << all.dump(2, ' ', false, json::error_handler_t::replace) << "\n";
+  else table.print(std::cout, o.format);
   return 0;
 }
 

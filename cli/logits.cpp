@@ -25,20 +25,11 @@ class NpyWriter {
 template <class B>
 int logits(const Options& o, json& record, const Model& model, B& backend) {
   if (o.out.empty()) throw Error(2, "--out", "where do the logits go?", "add --out x.npy");
-  const int sources =
-      int(!o.tokens.empty()) + int(!o.tokens_file.empty()) + int(o.has_prompt || !o.file.empty() || o.from_stdin);
-  if (sources != 1)
-    throw Error(2, "tokens", sources ? "given in more than one way" : "none given",
-                "use one of --tokens, --tokens-file, -p, -f");
+  if (int(!o.tokens.empty()) + int(!o.tokens_file.empty()) + int(has_text(o)) > 1)
+    throw Error(2, "tokens", "given in more than one way", "use one of --tokens, --tokens-file, -p, -f");
   const Config& c = model.config;
-  std::vector<int> ids;
-  if (!o.tokens.empty()) {
-    ids = read_ids(o.tokens, "--tokens");
-  } else if (!o.tokens_file.empty()) {
-    ids = read_ids(read_file(o.tokens_file), "--tokens-file");
-  } else {
-    ids = make_request(o, model).ids;
-  }
+  std::vector<int> ids = given_ids(o);
+  if (ids.empty()) ids = make_request(o, model).ids;
   const size_t N = ids.size();
   if (N < 2)
     throw Error(2, "tokens", std::to_string(N) + " given", "logits takes 2 or more: a prompt and what follows it");

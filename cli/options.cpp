@@ -5,6 +5,7 @@
 
 #include <CLI/CLI.hpp>
 #include <charconv>
+#include <cstring>
 #include <iostream>
 #include <sstream>
 #include <variant>
@@ -57,7 +58,7 @@ CLI::Validator anything() {
   return check([](const std::string&) { return ""; });
 }
 CLI::Validator not_empty() {
-  return check([](const std::string& s) { return s.empty() ? "expected a text, got an empty one" : ""; });
+  return check([](const std::string& s) { return s.empty() ? "it is empty" : ""; });
 }
 
 std::vector<std::string> shape_names() {
@@ -78,7 +79,7 @@ constexpr unsigned GENERATE = mode_bit("generate"), CHAT = mode_bit("chat"), LOG
                    PERPLEXITY = mode_bit("perplexity"), TRACE = mode_bit("trace"), BENCH = mode_bit("bench"),
                    PLAN = mode_bit("plan"), TOKENIZE = mode_bit("tokenize"), INFO = mode_bit("info");
 constexpr unsigned WRITE = GENERATE | CHAT, RUN = WRITE | LOGITS | PERPLEXITY | TRACE | BENCH,
-                   ONE_POLICY = (RUN | PLAN) & ~BENCH, ALL = RUN | PLAN | TOKENIZE | INFO;
+                   ONE_POLICY = RUN & ~BENCH, POLICY_LIST = BENCH | PLAN, ALL = RUN | PLAN | TOKENIZE | INFO;
 
 // The member that gets the value. A bool is a flag without a value, an optional<bool> a pair --x, --no-x.
 using Target = std::variant<bool Options::*, std::optional<bool> Options::*, int Options::*, float Options::*,
@@ -98,22 +99,25 @@ std::vector<Flag> flags() {
   using O = Options;
   const int many = 1 << 20;
   return {
-      {"Input", PLAN, "-m,--model", &O::model, "FILE", "model whose shape to take, instead of --shape"},
+      {"Input", PLAN, "-m,--model", &O::model, "FILE", "model whose shape to take, instead of --shape", not_empty()},
       {"Input", RUN | TOKENIZE | INFO, "-m,--model", &O::model, "FILE",
-       "model (default: $SPEED_MODEL, or the bundled one)"},
-      {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE, "-p,--prompt", &O::prompt, "TEXT", "text"},
+       "model (default: $SPEED_MODEL, or the bundled one)", not_empty()},
+      {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE, "-p,--prompt", &O::prompt, "TEXT",
+       "text; what is piped in is added after it"},
       {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE, "-f,--file", &O::file, "FILE",
-       "text from a file; a lone - reads standard input"},
+       "text from a file; - is standard input", not_empty()},
       {"Input", LOGITS | PERPLEXITY, "--tokens", &O::tokens, "IDS", "token ids, as 1,2,3; nothing is added"},
-      {"Input", LOGITS | PERPLEXITY, "--tokens-file", &O::tokens_file, "FILE", "token ids from a file"},
+      {"Input", LOGITS | PERPLEXITY, "--tokens-file", &O::tokens_file, "FILE", "token ids from a file, or -",
+       not_empty()},
       {"Input", PERPLEXITY, "--prompt-tokens", &O::prompt_tokens, "N",
        "the text is cut into pieces of N prompt tokens, BoS\nincluded (256),", whole_number(2, many)},
       {"Input", PERPLEXITY, "--answer-tokens", &O::answer_tokens, "M",
        "and M that are scored (256); of ids: the last M", whole_number(1, many)},
-      {"Input", LOGITS, "--out", &O::out, "FILE", "NumPy file to write: float32 [N - split, vocab]"},
+      {"Input", LOGITS, "--out", &O::out, "FILE", "NumPy file to write: float32 [N - split, vocab]", not_empty()},
       {"Input", TOKENIZE | GENERATE | TRACE, "--special", &O::special, "",
        "read spellings of special tokens as these tokens"},
       {"Input", TOKENIZE, "--decode", &O::decode, "", "token ids to text"},
+      {"Input", TOKENIZE, "--ids", &O::ids, "", "ids alone, on one line, on a terminal too"},
       {"Input", GENERATE | TRACE, "--chat", &O::chat, "", "wrap the text as a user turn of the chat template"},
       {"Input", GENERATE | CHAT | TRACE, "--system", &O::system, "TEXT", "system text of the chat"},
       {"Input", GENERATE | CHAT | TRACE, "--date", &O::date, "TEXT", "date, for templates that show one"},
@@ -125,20 +129,25 @@ std::vector<Flag> flags() {
       {"Input", BENCH, "--depth", &O::depths, "LIST", "tokens already in the cache before these (0)"},
       {"Input", BENCH, "-r,--repetitions", &O::repetitions, "N", "how often, after one time uncounted (5)",
        whole_number(1, 1000)},
-      {"Input", PLAN, "--ctx", &O::ctx, "N", "prompt tokens (1024)", whole_number(1, many)},
+      {"Input", PLAN, "--ctx", &O::ctx, "LIST", "prompt lengths in tokens (1024)"},
       {"Input", PLAN, "--tail", &O::tail, "N", "of them, at the end, decode-phase (1)", whole_number(1, many)},
       {"Input", PLAN, "-n,--new", &O::new_tokens, "N", "tokens generated (128)", whole_number(0, many)},
+      {"Input", PLAN, "--batch", &O::batch, "N", "requests at once, which share the weights (1)",
+       whole_number(1, many)},
       {"Input", PLAN, "--group", &O::group, "N", "swiftkv: layers per cache (1, or the model's)",
        whole_number(1, 4096)},
       {"Input", PLAN, "--kv-bytes", &O::kv_bytes, "2|4", "bytes per cached value (2)", one_of({"2", "4"})},
       {"Input", PLAN, "--weight-bytes", &O::weight_bytes, "2|4", "bytes per weight (2)", one_of({"2", "4"})},
 
-      {"Policy", BENCH, "--policy", &O::policy, "LIST", "policies, as full,speed (full)"},
-      {"Policy", BENCH, "--k", &O::ks, "LIST", "K of those that have one, as 24,16"},
+      {"Policy", POLICY_LIST, "--policy", &O::policy, "LIST", "policies, as full,speed:24,speed:24:no-bos,share:2",
+       not_empty()},
+      {"Policy", POLICY_LIST, "--k", &O::ks, "LIST", "K of those that name none, as 24,16", not_empty()},
       {"Policy", ONE_POLICY, "--policy", &O::policy, "NAME", listed(policy_names(), "or"), one_of(policy_names())},
-      {"Policy", ONE_POLICY, "--k", &O::k, "K", "prompt tokens visit layers 0..K-1 only", whole_number(1, 4096)},
+      {"Policy", ONE_POLICY, "--k", &O::k, "K",
+       "prompt tokens visit layers 0..K-1 only (what the\nweights were trained for; else 4/5 of all, pop 2/3)",
+       whole_number(1, 4096)},
       {"Policy", RUN | PLAN, "--bos,!--no-bos", &O::bos, "", "speed: upper layers see the BoS anchor (on)"},
-      {"Policy", ONE_POLICY, "--keep", &O::keep, "LIST", "share: layers that keep a cache, as 0,4,8"},
+      {"Policy", ONE_POLICY | PLAN, "--keep", &O::keep, "LIST", "share: layers that keep a cache, as 0,4,8"},
       {"Policy", RUN | PLAN, "--every", &O::every, "G", "share: every G-th layer keeps a cache", whole_number(1, 4096)},
       {"Policy", GENERATE | LOGITS | PERPLEXITY | TRACE, "--split", &O::split, "N",
        "the first N tokens are prompt, the rest decode-phase", whole_number(0, many)},
@@ -165,11 +174,14 @@ std::vector<Flag> flags() {
        whole_number(1, 1024)},
       {"Running", RUN, "--chunk", &O::chunk, "N", "rows that go through a layer together (512; GPU: 8192)",
        whole_number(1, 1 << 16)},
-      {"Running", TRACE, "--dump", &O::dump, "FILE", "write the hidden states, .safetensors"},
-      {"Running", PLAN | TRACE | INFO | GENERATE | PERPLEXITY | BENCH, "-o,--output", &O::format, "NAME",
+      {"Running", TRACE, "--dump", &O::dump, "FILE", "write the hidden states, .safetensors", not_empty()},
+      {"Running", PLAN | TRACE | INFO | PERPLEXITY | BENCH | TOKENIZE, "-o,--output", &O::format, "NAME",
        "tables as text, md, csv or json", one_of({"text", "md", "csv", "json"})},
+      {"Running", GENERATE, "-o,--output", &O::format, "NAME", "text or json; with --compare the table also as md, csv",
+       one_of({"text", "md", "csv", "json"})},
       {"Running", PLAN, "--json", &O::json, "", "short for -o json"},
-      {"Running", ALL, "--record", &O::record, "FILE", "write a run record: machine, flags, counts, timings"},
+      {"Running", ALL, "--record", &O::record, "FILE", "write a run record: machine, flags, counts, timings",
+       not_empty()},
   };
 }
 
@@ -221,6 +233,37 @@ std::string nearest(const std::string& word, const std::vector<std::string>& can
   return best;
 }
 
+// Other programs' names of our flags, most of them llama.cpp's.
+constexpr std::pair<const char*, const char*> aliases[] = {
+    {"--temperature", "--temp"},
+    {"--predict", "--n-predict"},
+    {"--max-tokens", "--n-predict"},
+    {"-sys", "--system"},
+    {"--system-prompt", "--system"},
+    {"--reverse-prompt", "--stop"},
+    {"-ub", "--chunk"},
+    {"--ubatch-size", "--chunk"},
+    {"--layers", "--k"},
+    {"--output-format", "--output"},
+};
+
+// What people type where a mode belongs, and what they mean.
+constexpr std::pair<const char*, const char*> meant[] = {
+    {"run", "generate"},    {"complete", "generate"},        {"ask", "generate --chat"}, {"serve", "chat"},
+    {"server", "chat"},     {"ppl", "perplexity"},           {"eval", "perplexity"},     {"show", "info"},
+    {"encode", "tokenize"}, {"decode", "tokenize --decode"}, {"benchmark", "bench"},     {"-v", "--version"},
+    {"-V", "--version"},    {"version", "--version"},
+};
+
+// CLI11's help without its own word for a switch that turns something off.
+struct Formatter : CLI::Formatter {
+  std::string make_option_name(const CLI::Option* option, bool positional) const override {
+    std::string name = CLI::Formatter::make_option_name(option, positional);
+    if (const size_t at = name.find("{false}"); at != std::string::npos) name.erase(at, 7);
+    return name;
+  }
+};
+
 std::string overview() {
   std::string s =
       "speed - run a Llama model with less work on its prompt\n\n"
@@ -252,6 +295,12 @@ std::optional<Options> read_options(int argc, char** argv) {
   std::vector<std::string> names;
   for (auto& m : modes) names.push_back(m.name);
   o.mode = names[0];
+  if (args[0] == "help") {  // as git has it
+    args.erase(args.begin());
+    args.push_back("--help");
+  }
+  for (auto [word, meaning] : meant)
+    if (args[0] == word) throw Error(2, args[0], "is no mode", "did you mean speed " + std::string(meaning) + "?");
   if (std::find(names.begin(), names.end(), args[0]) != names.end()) {
     o.mode = args[0];
     args.erase(args.begin());
@@ -269,10 +318,18 @@ std::optional<Options> read_options(int argc, char** argv) {
 
   CLI::App app("speed " + o.mode + ": " + modes[mode].does, "speed " + o.mode);
   app.allow_extras();
+  app.formatter(std::make_shared<Formatter>());
   app.get_formatter()->column_width(26);
   for (const Flag& f : flags())
     if (f.modes >> mode & 1) add_flag(app, f, o);
 
+  for (size_t i = 0; i < args.size(); ++i) {
+    for (auto [other, ours] : aliases)
+      if ((args[i] == other || args[i].rfind(std::string(other) + "=", 0) == 0) && app.get_option_no_throw(ours))
+        args[i].replace(0, std::strlen(other), ours);
+    if (args[i] == "--compare" && i + 1 < args.size() && args[i + 1].empty())  // CLI11 takes it for no list
+      throw Error(2, "--compare", "it is empty", "leave the list out, or write one as speed:24,pop:20");
+  }
   const std::string help = "see speed " + o.mode + " --help";
   try {
     app.parse(std::vector<std::string>(args.rbegin(), args.rend()));
@@ -290,19 +347,37 @@ std::optional<Options> read_options(int argc, char** argv) {
     for (auto& s : f->get_snames()) known.push_back("-" + s);
     for (auto& l : f->get_lnames()) known.push_back("--" + l);
   }
+  bool lone_dash = false;
   for (auto& rest : app.remaining()) {
-    if (rest == "-") {
-      o.from_stdin = true;
+    if (rest == "-" && app.get_option_no_throw("--file")) {
+      lone_dash = true;
     } else if (rest[0] == '-') {
       throw Error(2, rest, "no such flag of speed " + o.mode, "did you mean " + nearest(rest, known) + "?");
     } else {
       throw Error(2, rest, "a word that belongs to no flag", "put a text in quotes after -p");
     }
   }
-  o.has_prompt = o.mode != "bench" && app.get_option_no_throw("--prompt") && app["--prompt"]->count() > 0;
+  auto given = [&](const char* flag) {
+    const CLI::Option* option = app.get_option_no_throw(flag);
+    return option && option->count() > 0;
+  };
+  o.has_prompt = o.mode != "bench" && given("--prompt");
   if (o.json) o.format = "json";
-  if (int(o.has_prompt) + int(!o.file.empty()) + int(o.from_stdin) > 1)
-    throw Error(2, "-p, -f, -", "more than one text", "give one of them");
+  if (!given("--output") && !::isatty(1)) o.ids = true;  // tokenize: in a pipe ids alone, as any program wants them
+  if (lone_dash && !o.file.empty() && o.file != "-") throw Error(2, "-f, -", "more than one text", "give one of them");
+  if (lone_dash) o.file = "-";
+  if (o.has_prompt && !o.file.empty() && o.file != "-")
+    throw Error(2, "-p, -f", "more than one text", "give one of them");
+  if (o.compare && !o.compare->empty())
+    for (const char* flag : {"--policy", "--k", "--bos", "--keep", "--every"})
+      if (given(flag))
+        throw Error(2, flag, "the list of --compare names its policies",
+                    "write it there, as speed:24:no-bos, or leave the list out");
+  if (o.mode == "generate" && !o.compare && (o.format == "md" || o.format == "csv"))
+    throw Error(2, "-o " + o.format, "an answer is no table", "use -o json, or add --compare");
+  if (o.temperature == 0)
+    for (const char* flag : {"--top-k", "--top-p", "--min-p", "--seed"})
+      if (given(flag)) note(std::string(flag) + " changes nothing at temperature 0; add --temp");
 #ifndef __CUDACC__
   if (o.device == "cuda")
     throw Error(2, "--device cuda", "this program was built for the CPU alone",

@@ -10,8 +10,8 @@ namespace speed {
 struct Options {
   std::string mode;
   // what to run on
-  std::string model, prompt, file, tokens, tokens_file, shape;
-  bool has_prompt = false, from_stdin = false;
+  std::string model, prompt, file, tokens, tokens_file, shape;  // file "-": standard input
+  bool has_prompt = false;
   // how much
   int n = 128, context = 0, chunk = 0, threads = 0;
   // chat
@@ -30,15 +30,18 @@ struct Options {
   int top_k = 0;
   uint64_t seed = 0;
   // plan
-  int ctx = 1024, tail = 1, new_tokens = 128, kv_bytes = 2, weight_bytes = 2;
+  std::string ctx = "1024";
+  int tail = 1, new_tokens = 128, batch = 1, kv_bytes = 2, weight_bytes = 2;
+  // bench, plan: K of every policy that has one
+  std::string ks;
   // bench
-  std::string prompts = "512", depths = "0", ks;
+  std::string prompts = "512", depths = "0";
   int repetitions = 5;
   // perplexity
   std::optional<int> prompt_tokens, answer_tokens;
   // output
   std::string format = "text", record, out, dump, device = "auto";
-  bool json = false, special = false, decode = false;
+  bool json = false, special = false, decode = false, ids = false;
 };
 
 // Reads the command line. Prints help or the version and returns nothing where that was asked for.

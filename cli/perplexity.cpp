@@ -44,10 +44,9 @@ Table quality_table(const std::vector<Policy>& policies, const std::vector<std::
 // Pieces from the flags: one given as ids, or a text cut up.
 std::vector<Piece> make_pieces(const Options& o, const Model& model) {
   const Config& c = model.config;
-  const bool ids = !o.tokens.empty() || !o.tokens_file.empty(), text = o.has_prompt || !o.file.empty() || o.from_stdin;
-  if (ids == text || (!o.tokens.empty() && !o.tokens_file.empty()))
-    throw Error(2, "text", ids ? "given in more than one way" : "none given",
-                "use one of -p, -f, --tokens, --tokens-file");
+  if (int(!o.tokens.empty()) + int(!o.tokens_file.empty()) + int(has_text(o)) > 1)
+    throw Error(2, "text", "given in more than one way", "use one of -p, -f, --tokens, --tokens-file");
+  const bool ids = !o.tokens.empty() || !o.tokens_file.empty();
   if (!ids) {
     if (o.split) throw Error(2, "--split", "a text is cut by --prompt-tokens", "use that, or give ids with --tokens");
     const size_t n = size_t(o.prompt_tokens.value_or(256)), m = size_t(o.answer_tokens.value_or(256));
@@ -59,14 +58,12 @@ std::vector<Piece> make_pieces(const Options& o, const Model& model) {
                   std::to_string(all.size()) + " tokens are too few for a prompt of " + std::to_string(prompt) +
                       " and one to score",
                   "use a smaller --prompt-tokens, or a longer text");
-    if (left > 0 && left <= prompt)
-      note("the last " + std::to_string(left) + " tokens are too few for a piece and left out");
+    if (left > 0 && left <= prompt) note(counted(left, "token") + " at the end are left out: too few for a piece");
     return pieces;
   }
   if (o.prompt_tokens)
     throw Error(2, "--prompt-tokens", "ids are one piece, not cut", "use --split, or give a text with -p or -f");
-  Piece p{o.tokens.empty() ? read_ids(read_file(o.tokens_file), "--tokens-file") : read_ids(o.tokens, "--tokens"), 0,
-          0};
+  Piece p{given_ids(o), 0, 0};
   const size_t n = p.ids.size();
   if (n < 3)
     throw Error(2, "tokens", std::to_string(n) + " given",
@@ -110,9 +107,9 @@ int perplexity(const Options& o, json& record, const Model& model, B& backend) {
   for (const Policy& p : policies) work.push_back(work_of(c.shape, p, pieces, sizeof(typename B::CacheValue)));
   const Table table = quality_table(policies, scores, work);
   if (o.format == "text")
-    std::cout << c.shape.name << ": " << scores[0].size() << " tokens scored, in " << pieces.size()
-              << (pieces.size() == 1 ? " piece of " : " pieces of ") << longest - scored << " prompt and " << scored
-              << " answer tokens; KL from full depth, in nats a token\n\n";
+    std::cout << c.shape.name << ": " << counted(scores[0].size(), "token") << " scored, in "
+              << counted(pieces.size(), "piece") << " of " << longest - scored << " prompt and " << scored
+              << " answer tokens\nKL from full depth, in nats a token; prompt work of all pieces, KV cache of one\n\n";
   table.print(std::cout, o.format);
   record["results"] = table.rows_as_json();
   record["pieces"] = pieces.size();

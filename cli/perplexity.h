@@ -144,7 +144,7 @@ inline Quality summarize(const std::vector<TokenScore>& scores) {
   return q;
 }
 
-// Prefill work of all pieces, and the KV cache at their ends, answers included.
+// Prefill work of all pieces; the KV cache at the end of the longest, its answer included: pieces run one after the other.
 struct Work {
   uint64_t prefill_flops = 0, kv_bytes = 0;
 };
@@ -155,7 +155,7 @@ inline Work work_of(const Shape& shape, const Policy& p, const std::vector<Piece
   for (const Piece& piece : pieces) {
     const uint64_t prompt = piece.ids.size() - piece.answer;
     w.prefill_flops += cost.prefill_flops(prompt, prompt - piece.split);
-    w.kv_bytes += cost.kv_bytes(piece.split, piece.ids.size() - 1 - piece.split, bytes_per_value);
+    w.kv_bytes = std::max(w.kv_bytes, cost.kv_bytes(piece.split, piece.ids.size() - 1 - piece.split, bytes_per_value));
   }
   return w;
 }

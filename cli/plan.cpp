@@ -1,4 +1,4 @@
-// plan.cpp - the mode `plan`: what a policy costs, by formula, for any shape and length.
+// plan.cpp - the mode `plan`: what a policy costs, by formula, for any shape, length and batch.
 #include <iostream>
 
 #include "modes.h"
@@ -8,63 +8,100 @@
 
 namespace speed {
 
+// What a batch of equal requests costs under a policy: N prompt tokens each, the last T of them decode-phase, and G new.
+// The requests share the reading of weights, and nothing else.
+struct Planned {
+  uint64_t prefill, step, cache, weights, read;
+};
+
+static Planned plan(const Shape& s, const Policy& p, uint64_t N, uint64_t T, uint64_t G, const Options& o) {
+  const Cost cost{s, p};
+  const uint64_t batch = uint64_t(o.batch), weights = cost.weight_bytes(o.weight_bytes);
+  const uint64_t slots = cost.decode_read_bytes(N, T, o.kv_bytes, o.weight_bytes) - weights;
+  return {batch * cost.prefill_flops(N, T), batch * cost.decode_flops(N, T),
+          batch * cost.kv_bytes(N - T, T + G, o.kv_bytes), weights, weights + batch * slots};
+}
+
+// The last lines: what the policy saves, and how much faster that makes it where work and bytes alone decide.
+static void print_saved(const Planned& full, const Planned& p, const std::string& name) {
+  auto less = [](uint64_t a, uint64_t b) { return percent(1 - double(b) / double(a)); };
+  const double first = double(full.prefill) / double(p.prefill), later = double(full.read) / double(p.read);
+  std::cout << "\n"
+            << name << " saves " << less(full.prefill, p.prefill) << " of the prefill, " << less(full.cache, p.cache)
+            << " of the cache, " << less(full.read, p.read) << " of what a step reads.\n"
+            << "First token: up to " << fixed(first, 2) << " times as fast, which papers call "
+            << fixed(100 * (first - 1), 0) << " % better. Later tokens: " << fixed(later, 2) << " times.\n";
+  if (later < 1.02)
+    std::cout << "Later tokens gain nothing here: " << percent(double(full.weights) / double(full.read))
+              << " of what a step reads are weights. Longer prompts and larger batches change that.\n";
+}
+
 int run_plan(const Options& o, json& record) {
   if (o.model.empty() == o.shape.empty())
     throw Error(2, "-m, --shape", o.model.empty() ? "neither given" : "both given", "use one of them");
   const Model model = load(o);
   model.need_weights();
-  if (o.tail > o.ctx || (o.tail == o.ctx && o.ctx > 1))
-    throw Error(2, "--tail " + std::to_string(o.tail), "the prompt has " + std::to_string(o.ctx) + " tokens",
-                "use a smaller --tail");
   const Shape& s = model.config.shape;
-  const Policy asked = make_policy(o, model);
-  std::vector<Policy> policies = {full_depth(s.n_layers)};
-  if (asked.method != Method::full) policies.push_back(asked);
+  std::vector<Policy> policies = {full_depth(s.n_layers)}, asked = listed_policies(o, model);
+  if (!o.policy && asked.empty()) asked.push_back(make_policy(o, model));
+  for (const Policy& p : asked)
+    if (p.method != Method::full) policies.push_back(p);
   Table table({{"policy", ""},
                {"k", ""},
                {"bos", ""},
                {"name", "policy"},
-               {"prompt", ""},
+               {"prompt", "prompt"},
                {"tail", ""},
                {"new", ""},
+               {"batch", ""},
                {"prefill_flops", "prefill"},
                {"decode_flops", "one step"},
                {"kv_bytes", "KV cache"},
                {"decode_read_bytes", "read a step"},
-               {"weight_bytes", "of it weights"}});
-  const uint64_t N = o.ctx, T = o.tail, G = o.new_tokens;
-  for (const Policy& p : policies) {
-    const Cost cost{s, p};
-    const uint64_t prefill = cost.prefill_flops(N, T), step = cost.decode_flops(N, T),
-                   kv = cost.kv_bytes(N - T, T + G, o.kv_bytes),
-                   read = cost.decode_read_bytes(N, T, o.kv_bytes, o.weight_bytes),
-                   weights = cost.weight_bytes(o.weight_bytes);
-    table.row({name(p.method),
-               p.k,
-               bos_of(p),
-               describe(p),
-               N,
-               T,
-               G,
-               {prefill, flops_text(double(prefill))},
-               {step, flops_text(double(step))},
-               {kv, bytes_text(double(kv))},
-               {read, bytes_text(double(read))},
-               {weights, bytes_text(double(weights))}});
+               {"weight_bytes", "weights"},
+               {"first_token_ratio", "first"},
+               {"later_token_ratio", "later"}});
+  const std::vector<int> lengths = read_numbers(o.ctx, "--ctx");
+  if (lengths.empty()) throw Error(2, "--ctx", "it is empty", "give a length, or several as 2048,8192");
+  const uint64_t T = o.tail, G = o.new_tokens;
+  for (int length : lengths) {
+    if (length < 1) throw Error(2, "--ctx 0", "a prompt has one token or more", "give lengths from 1");
+    if (o.tail > length || (o.tail == length && length > 1))
+      throw Error(2, "--tail " + std::to_string(o.tail), "the prompt has " + counted(size_t(length), "token"),
+                  "use a smaller --tail");
+    const uint64_t N = uint64_t(length);
+    const Planned full = plan(s, policies[0], N, T, G, o);
+    for (const Policy& p : policies) {
+      const Planned c = plan(s, p, N, T, G, o);
+      const double first = double(full.prefill) / double(c.prefill), later = double(full.read) / double(c.read);
+      table.row({name(p.method),
+                 p.k,
+                 bos_of(p),
+                 describe(p),
+                 N,
+                 T,
+                 G,
+                 o.batch,
+                 {c.prefill, flops_text(double(c.prefill))},
+                 {c.step, flops_text(double(c.step))},
+                 {c.cache, bytes_text(double(c.cache))},
+                 {c.read, bytes_text(double(c.read))},
+                 {c.weights, bytes_text(double(c.weights))},
+                 {first, fixed(first, 2)},
+                 {later, fixed(later, 2)}});
+    }
   }
   if (o.format == "text")
-    std::cout << s.name << ": " << N << " prompt tokens, the last " << T << " decode-phase, and " << G
-              << " new; weights of " << o.weight_bytes << " bytes, cache of " << o.kv_bytes << "\n\n";
+    std::cout << s.name << ": the last " << counted(T, "prompt token") << " decode-phase, " << G << " new; "
+              << counted(size_t(o.batch), "request") << " at once\n"
+              << "weights of " << o.weight_bytes << " bytes, cache of " << o.kv_bytes
+              << "; first and later tokens: times as fast as full depth\n\n";
   table.print(std::cout, o.format);
-  if (o.format == "text" && policies.size() > 1) {
-    const Cost full{s, policies[0]}, cost{s, policies[1]};
-    auto less = [](uint64_t a, uint64_t b) { return fixed(100 * (1 - double(b) / double(a)), 1) + " %"; };
-    std::cout << "\nsaved: " << less(full.prefill_flops(N, T), cost.prefill_flops(N, T)) << " of the prefill, "
-              << less(full.kv_bytes(N - T, T + G, 2), cost.kv_bytes(N - T, T + G, 2)) << " of the cache, "
-              << less(full.decode_read_bytes(N, T, o.kv_bytes, o.weight_bytes),
-                      cost.decode_read_bytes(N, T, o.kv_bytes, o.weight_bytes))
-              << " of what a step reads\n";
-  }
+  if (o.format == "text" && lengths.size() == 1)
+    for (const Policy& p : policies)
+      if (!p.is_full())
+        print_saved(plan(s, policies[0], uint64_t(lengths[0]), T, G, o), plan(s, p, uint64_t(lengths[0]), T, G, o),
+                    describe(p));
   record["results"] = table.rows_as_json();
   return 0;
 }

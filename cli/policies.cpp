@@ -24,15 +24,24 @@ std::vector<std::string> policy_names() {
 std::vector<int> read_ids(std::string text, const std::string& flag) {
   std::vector<int> ids;
   for (char& c : text)
-    if (c == ',' || c == '\n' || c == '\t' || c == '\r') c = ' ';
-  std::istringstream in(text);
-  for (std::string word; in >> word;) {
+    if (c == '\n' || c == '\t' || c == '\r') c = ' ';
+  // Numbers, with blanks or one comma between them.
+  bool comma = true;  // as before the first: a comma here would leave an empty place
+  for (size_t at = 0; (at = text.find_first_not_of(' ', at)) != std::string::npos;) {
+    if (text[at] == ',') {
+      if (comma) throw Error(2, flag, "nothing stands before a comma", "give whole numbers, as 1,2,3");
+      comma = true, ++at;
+      continue;
+    }
+    const std::string word = text.substr(at, std::min(text.find_first_of(" ,", at), text.size()) - at);
     int id = 0;
     auto [p, e] = std::from_chars(word.data(), word.data() + word.size(), id);
     if (e != std::errc() || p != word.data() + word.size() || id < 0)
       throw Error(2, flag, "\"" + word + "\" is no token id or layer", "give whole numbers, split by commas or spaces");
     ids.push_back(id);
+    comma = false, at += word.size();
   }
+  if (comma && !ids.empty()) throw Error(2, flag, "nothing follows the last comma", "give whole numbers, as 1,2,3");
   return ids;
 }
 
@@ -74,9 +83,7 @@ Policy make_policy(const Options& o, const Model& model) {
 
   switch (p.method) {  // the default K: the file's own, else what each paper proposes
     case Method::full: break;
-    case Method::speed:
-      p.k = o.k.value_or(one && one->method == Method::speed ? one->k : std::max(1, 3 * L / 4));
-      break;
+    case Method::speed: p.k = o.k.value_or(one && one->method == Method::speed ? one->k : (4 * L + 4) / 5); break;
     case Method::pop: p.k = o.k.value_or(L - L / 3); break;
     case Method::swiftkv:
       p.k = o.k.value_or(c.swiftkv_k ? c.swiftkv_k : std::max(1, 3 * L / 4));
@@ -115,24 +122,36 @@ Policy make_policy(const Options& o, const Model& model) {
   return p;
 }
 
-// "speed:24:no-bos" -> the options that say so.
-Options variant(const Options& o, const std::string& spec) {
+// The parts of a list, without blanks around them.
+static std::vector<std::string> parts_of(const std::string& list) {
+  std::vector<std::string> parts;
+  std::istringstream in(list);
+  for (std::string part; std::getline(in, part, ',');) {
+    const size_t first = part.find_first_not_of(' '), last = part.find_last_not_of(' ');
+    parts.push_back(first == std::string::npos ? "" : part.substr(first, last - first + 1));
+  }
+  return parts;
+}
+
+// The options that an entry of a list such as "speed:24:no-bos" stands for. What it leaves open is open in them too.
+static Options entry(const Options& o, const std::string& spec, const std::string& flag) {
   Options v = o;
   v.policy = v.keep = std::nullopt, v.k = v.every = std::nullopt, v.bos = std::nullopt;
   std::istringstream in(spec);
+  bool known = true;
   for (std::string word; std::getline(in, word, ':');) {
     int number = 0;
     const bool is_number =
         std::from_chars(word.data(), word.data() + word.size(), number).ptr == word.data() + word.size() && number > 0;
     if (!v.policy) v.policy = word;
     else if (word == "no-bos") v.bos = false;
-    else if (!is_number) v.policy = "";
+    else if (!is_number) known = false;
     else if (const auto m = find_policy(*v.policy); m && info(*m).takes_kept) v.every = number;
     else v.k = number;
   }
-  if (!find_policy(v.policy.value_or("")))
-    throw Error(2, "--compare", "\"" + spec + "\" is no policy",
-                "write it as speed:24, speed:24:no-bos, pop:20 or share:4");
+  if (!known || !find_policy(v.policy.value_or("")))
+    throw Error(2, flag, "\"" + spec + "\" is no policy",
+                "write it as full, speed:24, speed:24:no-bos, pop:20 or share:4");
   return v;
 }
 
@@ -141,9 +160,8 @@ std::vector<Policy> compared_policies(const Options& o, const Model& model) {
   if (!o.compare || o.compare->empty()) {
     policies.push_back(make_policy(o, model));
   } else {
-    std::istringstream list(*o.compare);
-    for (std::string spec; std::getline(list, spec, ',');)
-      if (spec != "full") policies.push_back(make_policy(variant(o, spec), model));
+    for (const std::string& spec : parts_of(*o.compare))
+      if (spec != "full") policies.push_back(make_policy(entry(o, spec, "--compare"), model));
   }
   return policies;
 }
@@ -155,38 +173,49 @@ std::vector<int> read_numbers(const std::string& text, const std::string& flag) 
   return numbers;
 }
 
-std::vector<Policy> bench_policies(const Options& o, const Model& model) {
+std::vector<Policy> listed_policies(const Options& o, const Model& model) {
   std::vector<Policy> all;
-  std::istringstream list(o.policy.value_or(o.ks.empty() ? "full" : "full,speed"));
-  for (std::string word; std::getline(list, word, ',');) {
-    Options one = o;
-    const std::optional<Method> method = find_policy(word);
-    if (!method) throw Error(2, "--policy", "\"" + word + "\" is no policy", "use " + listed(policy_names(), "or"));
-    one.policy = word;
-    if (!info(*method).takes_bos) one.bos = std::nullopt;
-    if (!info(*method).takes_kept) one.every = std::nullopt;
-    std::vector<int> ks = read_numbers(o.ks, "--k");
-    if (ks.empty() || !info(*method).takes_k) {
+  const std::vector<int> ks = read_numbers(o.ks, "--k");
+  for (int k : ks)
+    if (k < 1) throw Error(2, "--k", "K is 1 or more", "use 1 to " + std::to_string(model.config.shape.n_layers));
+  auto add = [&](Options one) {
+    const std::optional<Method> method = one.policy ? find_policy(*one.policy) : std::nullopt;
+    if (one.k || ks.empty() || (method && !info(*method).takes_k)) return all.push_back(make_policy(one, model));
+    for (int k : ks) {
+      one.k = k;
       all.push_back(make_policy(one, model));
-    } else {
-      for (int k : ks) {
-        if (k < 1) throw Error(2, "--k", "K is 1 or more", "use 1 to " + std::to_string(model.config.shape.n_layers));
-        one.k = k;
-        all.push_back(make_policy(one, model));
-      }
     }
+  };
+  if (!o.policy && (!ks.empty() || o.keep || o.every)) add(o);
+  if (!o.policy) return all;
+  bool bos_taken = false, kept_taken = false, k_taken = false, group_taken = false;
+  for (const std::string& spec : parts_of(*o.policy)) {
+    Options one = entry(o, spec, "--policy");
+    const PolicyInfo& takes = info(*find_policy(*one.policy));
+    if (takes.takes_bos && !one.bos) one.bos = o.bos;
+    if (takes.takes_kept && !one.every) one.every = o.every, one.keep = o.keep;
+    if (!takes.takes_group) one.group = std::nullopt;
+    bos_taken |= takes.takes_bos, kept_taken |= takes.takes_kept, k_taken |= takes.takes_k && !one.k;
+    group_taken |= takes.takes_group;
+    add(one);
   }
+  for (auto [given, taken, flag] : {std::tuple{o.bos.has_value(), bos_taken, "--bos, --no-bos"},
+                                    {o.keep || o.every, kept_taken, "--keep, --every"},
+                                    {!ks.empty(), k_taken, "--k"},
+                                    {o.group.has_value(), group_taken, "--group"}})
+    if (given && !taken)
+      throw Error(2, flag, "has no meaning for " + *o.policy, "leave it out, or add a policy that takes it");
   return all;
 }
 
 std::string describe(const Policy& p) {
   const PolicyInfo& has = info(p.method);
-  std::string s = has.name;
-  if (has.takes_kept)
-    s += " " + std::to_string(std::count(p.kept.begin(), p.kept.end(), true)) + "/" + std::to_string(p.n_layers);
-  if (has.takes_k) s += " K=" + std::to_string(p.k);
-  if (has.takes_bos && !p.bos) s += " no BoS";
-  return s;
+  std::ostringstream s;
+  s << has.name;
+  if (has.takes_kept) s << " " << std::count(p.kept.begin(), p.kept.end(), true) << "/" << p.n_layers;
+  if (has.takes_k) s << " K=" << p.k;
+  if (has.takes_bos && !p.bos) s << " no BoS";
+  return s.str();
 }
 
 json bos_of(const Policy& p) { return info(p.method).takes_bos ? json(p.bos) : json(); }

@@ -16,8 +16,9 @@ Policy make_policy(const Options& o, const Model& model);
 // Full depth, and the policies of --compare, or, where its list is empty, the one the policy flags name.
 std::vector<Policy> compared_policies(const Options& o, const Model& model);
 
-// bench: every policy of --policy with every K of --k, where it takes one.
-std::vector<Policy> bench_policies(const Options& o, const Model& model);
+// bench, plan: the policies of --policy; one without a K of its own with every K of --k, where it takes one. Nothing
+// where there is no --policy and no --k.
+std::vector<Policy> listed_policies(const Options& o, const Model& model);
 
 // "speed K=24 no BoS", "share 8/32".
 std::string describe(const Policy& p);

@@ -43,11 +43,13 @@ static void write_record(const Options& o, int argc, char** argv, json record) {
   json line = json::array();
   for (int i = 0; i < argc; ++i) line.push_back(argv[i]);
   record["program"] = version;
+  record["date"] = now();
   record["command"] = line;
   record["mode"] = o.mode;
   if (!record.contains("device")) record["device"] = device_record(Cpu(o.threads));
   record["seed"] = o.seed;
   record["peak_bytes"] = uint64_t(usage.ru_maxrss) * 1024;
+  std::cout.flush();  // the record may go there too
   OutputFile out(o.record);
   out.write(record.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
   out.finish();
@@ -79,6 +81,7 @@ static int run(int argc, char** argv) {
   int code = 0;
   for (const Mode& mode : modes)
     if (o->mode == mode.name) code = mode.run(*o, record);
+  release_notes();
   if (!o->record.empty()) write_record(*o, argc, argv, record);
   return code;
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <ctime>
 #include <iostream>
 
 namespace speed {
@@ -31,12 +32,38 @@ std::string flops_text(double x) { return scaled(x, 1000, {"FLOP", "kFLOP", "MFL
 std::string bytes_text(double x) { return scaled(x, 1024, {"B", "KiB", "MiB", "GiB", "TiB"}); }
 std::string seconds_text(double s) { return s < 1 ? fixed(s * 1000, s < 0.01 ? 2 : 0) + " ms" : fixed(s, 2) + " s"; }
 
+std::string now() {
+  const std::time_t t = std::time(nullptr);
+  char s[32];
+  std::strftime(s, sizeof s, "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&t));
+  return s;
+}
+
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v[v.size() / 2];
 }
 
-void note(const std::string& text) { std::cerr << "speed: note: " << text << "\n"; }
+static std::vector<std::string> held;
+static bool holding = true;
+void note(const std::string& text) {
+  if (holding) held.push_back(text);
+  else std::cerr << "speed: note: " << text << "\n";
+}
+void release_notes() {
+  holding = false;
+  for (const std::string& text : held) note(text);
+  held.clear();
+}
+
+std::string counted(size_t n, const std::string& thing) {
+  return std::to_string(n) + " " + thing + (n == 1 ? "" : "s");
+}
+std::string percent(double share) {
+  std::string s = fixed(100 * share, 1);
+  if (s == "-0.0") s.erase(0, 1);
+  return s + " %";
+}
 
 // ---- tables -------------------------------------------------------------------------------------------------------
 

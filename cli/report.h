@@ -17,11 +17,16 @@ std::string fixed(double x, int digits);
 std::string flops_text(double x);  // 12345678 -> "12.3 MFLOP", in steps of 1000
 std::string bytes_text(double x);  // in steps of 1024
 std::string seconds_text(double s);
+std::string now();                     // UTC, as 2026-01-31T12:00:00Z
 double median(std::vector<double> v);  // of an even number, the upper one
 size_t columns(const std::string& s);  // width on a terminal, for text of one column a code point
 
-// One line on stderr.
+// One line on stderr. Until release_notes they are held back, so that none comes before the line of an error.
 void note(const std::string& text);
+void release_notes();
+
+std::string counted(size_t n, const std::string& thing);  // "1 token", "2 tokens"
+std::string percent(double share);                        // 0.258 -> "25.8 %"; never "-0.0 %"
 
 // A table for people (text, md) and programs (csv, json): every cell is a value and how it is shown.
 class Table {

@@ -1,12 +1,15 @@
 // request.cpp - see request.h.
 #include "request.h"
 
+#include <poll.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
 #include <iostream>
 
+#include "policies.h"
 #include "report.h"
 
 namespace speed {
@@ -20,26 +23,52 @@ static std::string read_all(std::istream& in) {
 }
 
 std::string read_file(const std::string& path) {
+  if (path == "-") {
+    if (::read(0, nullptr, 0) != 0) throw Error(1, "standard input", std::strerror(errno), "give a file or a pipe");
+    return read_all(std::cin);
+  }
   std::ifstream in(path, std::ios::binary);
   if (!in || std::filesystem::is_directory(path)) throw Error(1, path, "cannot be read", "check the path");
   return read_all(in);
 }
 
-std::string read_text(const Options& o) {
+// Whether standard input is a pipe or a file. With `now`, a pipe must also say something within a second: programs are
+// started with pipes that nobody writes to and nobody closes.
+static bool piped_in(bool now) {
+  struct stat in {};
+  if (::fstat(0, &in) != 0) return false;
+  if (S_ISREG(in.st_mode)) return true;
+  if (!S_ISFIFO(in.st_mode) && (now || !S_ISSOCK(in.st_mode))) return false;
+  pollfd one{0, POLLIN, 0};
+  return !now || ::poll(&one, 1, 1000) > 0;
+}
+
+bool has_text(const Options& o) { return o.has_prompt || !o.file.empty(); }
+
+std::string read_text(const Options& o, bool last_newline) {
   std::string text, from = "-p";
-  if (o.from_stdin) {
-    if (::read(0, nullptr, 0) != 0) throw Error(1, "standard input", std::strerror(errno), "give a file or a pipe");
-    text = read_all(std::cin), from = "standard input";
-  } else if (!o.file.empty()) {
-    text = read_file(o.file), from = o.file;
-  } else if (o.has_prompt) {
-    text = o.prompt;
-  } else {
-    throw Error(2, "text", "none given", "use -p TEXT, -f FILE, or - for standard input");
+  if (o.has_prompt) text = o.prompt;
+  if (!o.file.empty() || piped_in(o.has_prompt)) {
+    std::string more = read_file(o.file.empty() ? "-" : o.file);
+    from = o.file.empty() || o.file == "-" ? "standard input" : o.file;
+    if (!last_newline && !more.empty() && more.back() == '\n') more.pop_back();
+    if (o.has_prompt && !more.empty()) {
+      note(counted(more.size(), "byte") + " of standard input follow -p");
+      text += "\n" + more;
+    } else if (!o.has_prompt) {
+      text = more;
+    }
+  } else if (!o.has_prompt) {
+    throw Error(2, "text", "none given", "use -p TEXT, -f FILE, or pipe it in");
   }
   if (const size_t bad = first_invalid_utf8(text); bad != std::string::npos)
     throw Error(1, from, "not UTF-8 at byte " + std::to_string(bad), "convert it to UTF-8");
   return text;
+}
+
+std::vector<int> given_ids(const Options& o) {
+  if (!o.tokens.empty()) return read_ids(o.tokens, "--tokens");
+  return o.tokens_file.empty() ? std::vector<int>{} : read_ids(read_file(o.tokens_file), "--tokens-file");
 }
 
 static std::vector<int> plain_ids(const Model& model, const std::string& text, bool special) {
@@ -65,7 +94,7 @@ const ChatTemplate& chat_template(const Model& model) {
 }
 
 Request make_request(const Options& o, const Model& model) {
-  const std::string text = read_text(o);
+  const std::string text = read_text(o, false);
   if (text.empty()) throw Error(2, "prompt", "it is empty", "give some text");
   Request r;
   if (o.chat) {
@@ -93,9 +122,16 @@ size_t split_under(const Policy& p, const Options& o, const Request& r) {
   return p.split(r.split, r.ids.size());
 }
 
-static std::string model_path(const Options& o) {
+static std::string model_named(const Options& o) {
   if (!o.model.empty()) return o.model;
-  if (const char* path = std::getenv("SPEED_MODEL"); path && *path) return path;
+  const char* path = std::getenv("SPEED_MODEL");
+  return path ? path : "";
+}
+
+bool uses_bundled_model(const Options& o) { return o.shape.empty() && model_named(o).empty(); }
+
+static std::string model_path(const Options& o) {
+  if (!uses_bundled_model(o)) return model_named(o);
   const auto bundled = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "models" / "small.safetensors";
   if (!std::filesystem::exists(bundled))
     throw Error(2, "-m", "no model given, and none is bundled with this program", "add -m FILE");

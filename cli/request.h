@@ -19,8 +19,15 @@ struct Request {
 
 std::string read_file(const std::string& path);
 
-// The text the user gave, byte for byte. Throws Error 1 where it is not UTF-8.
-std::string read_text(const Options& o);
+// The text the user gave: -p, a file, what is piped in, or -p and then what is piped in. Byte for byte, or without one
+// newline at its end, which a file or `echo` adds. Throws Error 1 where it is not UTF-8.
+std::string read_text(const Options& o, bool last_newline = true);
+
+// Whether there is a text at all, without reading it.
+bool has_text(const Options& o);
+
+// Token ids from --tokens or --tokens-file, nothing where neither was given.
+std::vector<int> given_ids(const Options& o);
 
 // Text to ids, and where the prompt ends: in a chat before the assistant header, in plain text before the last token.
 Request make_request(const Options& o, const Model& model);
@@ -33,6 +40,9 @@ std::vector<int> stop_ids(const Model& model, bool chat);
 
 // The model's chat template. Throws Error 2 where it has none.
 const ChatTemplate& chat_template(const Model& model);
+
+// Whether no model was named, so that the bundled one runs.
+bool uses_bundled_model(const Options& o);
 
 // The model named by -m, else by $SPEED_MODEL (run.sh does so), else the bundled one; or, for timing, only a shape.
 Model load(const Options& o);

@@ -19,7 +19,8 @@ Engine<B> make_engine(const Model& model, const Policy& p, size_t context, size_
     const Cost cost{model.config.shape, p};
     if (!banner) return;
     const uint64_t load = backend.bytes_to_load(model);
-    std::cerr << model.config.shape.name << ": " << describe(p) << ", " << B::name << ", " << device_name(backend)
+    std::cerr << model.config.shape.name << (uses_bundled_model(o) ? " (bundled; -m names another model): " : ": ")
+              << describe(p) << ", " << B::name << ", " << device_name(backend)
               << "; memory: " << bytes_text(double(load ? load : cost.weight_bytes(sizeof(bf16)))) << " of weights, "
               << bytes_text(double(engine.bytes_needed())) << " for this run, of it "
               << bytes_text(double(engine.kv_bytes_needed())) << " KV cache\n";
@@ -55,6 +56,7 @@ Answer answer(Engine<B>& engine, const Model& model, const Request& r, size_t sp
   const Answer a = generate(engine, r.ids, split, n, sampler, stops, [&](int token) {
     prefilled = true;
     progress.clear();
+    release_notes();
     emit(text.push(model.tokenizer->decode(token)));
     return !text.stopped();
   });
@@ -64,7 +66,18 @@ Answer answer(Engine<B>& engine, const Model& model, const Request& r, size_t sp
   return a;
 }
 
-inline json answer_record(const Policy& p, size_t N, size_t split, const Answer& a) {
+// Why an answer to which -n gave n tokens ended.
+inline const char* why_ended(const Answer& a, size_t n) {
+  switch (a.ended) {
+    case Ended::at_stop_token: return "stop token";
+    case Ended::by_caller: return "stop text";
+    case Ended::interrupted: return "interrupted";
+    case Ended::at_limit: break;
+  }
+  return a.ids.size() < n ? "context full" : "-n reached";
+}
+
+inline json answer_record(const Policy& p, size_t N, size_t split, const Answer& a, size_t n) {
   return {{"policy", name(p.method)},
           {"k", p.k},
           {"bos", bos_of(p)},
@@ -75,22 +88,25 @@ inline json answer_record(const Policy& p, size_t N, size_t split, const Answer&
           {"decode_s", a.decode},
           {"decode_steps", a.decode_steps},
           {"prefill_flops", a.prompt.flops},
+          {"decode_flops", a.steps.flops},
           {"kv_bytes", a.kv_bytes},
-          {"interrupted", a.interrupted}};
+          {"ended", why_ended(a, n)},
+          {"interrupted", a.ended == Ended::interrupted}};
 }
 
-inline void print_summary(const Policy& p, const Request& r, size_t split, const Answer& a) {
+inline void print_summary(const Policy& p, const Request& r, size_t split, const Answer& a, size_t n) {
   std::cerr << "\n"
-            << describe(p) << ": " << r.ids.size() << " prompt tokens (" << r.ids.size() - split << " at full depth)";
+            << describe(p) << ": " << counted(r.ids.size(), "prompt token") << " (" << r.ids.size() - split
+            << " at full depth)";
   if (a.ids.empty()) {
     std::cerr << ", stopped before the first new one\n";
     return;
   }
   std::cerr << ", " << flops_text(double(a.prompt.flops)) << ", first token after " << seconds_text(a.first_token)
             << " (" << fixed(double(r.ids.size()) / a.first_token, 0) << " tokens/s)\n"
-            << a.ids.size() << " new tokens";
+            << counted(a.ids.size(), "new token");
   if (a.decode_steps) std::cerr << ", " << fixed(double(a.decode_steps) / a.decode, 1) << " tokens/s";
-  std::cerr << "; KV cache " << bytes_text(double(a.kv_bytes)) << (a.interrupted ? "; interrupted" : "") << "\n";
+  std::cerr << "; KV cache " << bytes_text(double(a.kv_bytes)) << "; " << why_ended(a, n) << "\n";
 }
 
 }  // namespace speed

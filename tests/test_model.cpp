@@ -205,3 +205,40 @@ TEST_CASE("a tokenizer alone is no model", "[model]") {
   CHECK(m.config.tokenizer_only);
   CHECK_THROWS_AS(m.need_weights(), Error);
 }
+
+TEST_CASE("memory that control groups leave: of both versions, nested, as in a container", "[model]") {
+  Scratch scratch;
+  auto group = [&](const std::string& path, const std::string& limit_file, const std::string& limit,
+                   const std::string& used_file, uint64_t used, const std::string& stat) {
+    std::filesystem::create_directories(scratch.path / path);
+    std::ofstream(scratch.path / path / limit_file) << limit << "\n";
+    std::ofstream(scratch.path / path / used_file) << used << "\n";
+    std::ofstream(scratch.path / path / "memory.stat") << "anon 7\n" << stat << "\n";
+  };
+  auto left = [&](const std::string& membership) {
+    std::istringstream in(membership);
+    return control_groups_leave(in, scratch.path.string());
+  };
+  const uint64_t none = std::numeric_limits<uint64_t>::max();
+  CHECK(left("0::/\n") == none);
+  CHECK(left("") == none);
+  group("a/b", "memory.max", "max", "memory.current", 100, "inactive_file 0");
+  group("a", "memory.max", "5000", "memory.current", 1200, "inactive_file 200");
+  CHECK(left("0::/a/b\n") == 4000);  // the outer limit binds; 200 of the 1200 are pages of files
+  CHECK(left("0::/\n") == none);
+  group("a/b", "memory.max", "300", "memory.current", 100, "inactive_file 0");
+  CHECK(left("0::/a/b\n") == 200);
+  CHECK(left("0::/a/b/not/there\n") == 200);
+  group(".", "memory.max", "150", "memory.current", 100, "inactive_file 0");  // a container's own group is the root
+  CHECK(left("0::/a/b\n") == 50);
+  CHECK(left("0::/\n") == 50);
+  group(".", "memory.max", "90", "memory.current", 100, "inactive_file 0");
+  CHECK(left("0::/\n") == 0);
+  CHECK(left("3:cpuset:/\n") == none);
+  group("memory/docker/x", "memory.limit_in_bytes", "800", "memory.usage_in_bytes", 700, "total_inactive_file 300");
+  CHECK(left("9:memory:/docker/x\n") == 400);
+  CHECK(left("4:cpu,memory:/docker/x\n3:cpuset:/\n") == 400);
+  CHECK(left("4:cpu,memory:/docker\n") == none);
+  group("memory", "memory.limit_in_bytes", "350", "memory.usage_in_bytes", 10, "total_inactive_file 0");
+  CHECK(left("9:memory:/docker/x\n") == 340);
+}
