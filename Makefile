@@ -24,7 +24,7 @@ BUILD ?= build
 CACHE ?= $(or $(SPEED_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/speed)
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 NAMED = -DSPEED_COMMIT='"$(COMMIT)"'
-SOURCES = speed.cu model.h tokenizer.h $(wildcard base/*.h text/*.h cpu/*.h gpu/*.cuh cli/*.h cli/*.cpp)
+SOURCES = speed.cu model.h tokenizer.h $(wildcard base/*.h text/*.h cpu/*.h gpu/*.cuh cli/*.h cli/*.cpp cli/page/*)
 
 # With a GPU here and a CUDA toolkit of 12.8 or later, nvcc builds the program for this GPU and the CPU, all of it from
 # speed.cu. Otherwise g++ builds it for the CPU alone.
@@ -61,6 +61,9 @@ $(METHOD).gch: speed.cu
 $(BUILD)/program/%.o: cli/%.cpp $(METHOD).gch
 	$(CXX) $(LANGUAGE) $(CXXFLAGS) $(if $(findstring report,$@),$(NAMED)) -MMD -include $(METHOD) -c $< -o $@
 
+# The page of `trace --html` is put into the program as it is.
+$(BUILD)/program/trace_html.o: $(wildcard cli/page/*)
+
 $(BUILD)/program/main.o: speed.cu
 	@mkdir -p $(@D)
 	$(CXX) $(LANGUAGE) $(CXXFLAGS) -DSPEED_SEPARATE -MMD -x c++ -c $< -o $@
@@ -95,7 +98,7 @@ $(EMULATED): WITH_HELPERS = -DSPEED_EMULATOR -Wno-unknown-pragmas
 $(BUILD)/emulator.o: TESTFLAGS += -O3
 
 # -rdynamic, so that the emulator's messages name a kernel.
-$(BUILD)/tests: $(TEST_OBJECTS) $(BUILD)/emulator.o $(addprefix $(BUILD)/program/,policies.o report.o request.o)
+$(BUILD)/tests: $(TEST_OBJECTS) $(BUILD)/emulator.o $(addprefix $(BUILD)/program/,policies.o report.o request.o trace_document.o trace_html.o)
 	$(CXX) $(TESTFLAGS) -fopenmp -rdynamic $^ -o $@ $(LIBRARIES) -lboost_context
 
 # Laws and threads once more with other OpenBLAS kernels: those pick their method by shape, so equal bits are harder.

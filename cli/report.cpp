@@ -31,6 +31,16 @@ std::string flops_text(double x) { return scaled(x, 1000, {"FLOP", "kFLOP", "MFL
 std::string bytes_text(double x) { return scaled(x, 1024, {"B", "KiB", "MiB", "GiB", "TiB"}); }
 std::string seconds_text(double s) { return s < 1 ? fixed(s * 1000, s < 0.01 ? 2 : 0) + " ms" : fixed(s, 2) + " s"; }
 
+std::string grouped(uint64_t n) {
+  const std::string digits = std::to_string(n);
+  std::string s;
+  for (size_t i = 0; i < digits.size(); ++i) {
+    if (i > 0 && (digits.size() - i) % 3 == 0) s += ',';
+    s += digits[i];
+  }
+  return s;
+}
+
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v[v.size() / 2];
