@@ -78,6 +78,24 @@ std::string readable(std::string_view bytes) {
   return text;
 }
 
+std::vector<std::string> readable_tokens(const std::vector<std::string_view>& tokens) {
+  std::vector<std::string> texts;
+  std::string bytes;  // of a character that is not complete
+  for (const std::string_view token : tokens) {
+    bytes += token;
+    size_t whole = 0;
+    while (whole < bytes.size()) {
+      const int n = utf8_character(std::string_view(bytes).substr(whole));
+      if (n == 0) break;
+      whole += size_t(std::abs(n));
+    }
+    texts.push_back(readable(std::string_view(bytes).substr(0, whole)));
+    bytes.erase(0, whole);
+  }
+  if (!bytes.empty()) texts.back() += readable(bytes);
+  return texts;
+}
+
 int first_difference(const Policy& p) {
   int l = 0;
   if (!info(p.method).takes_kept) return p.k;
@@ -209,9 +227,10 @@ void TraceDocument::add(const Recording& recording, const Said& said) {
 
 json TraceDocument::finish(const json& rows) {
   const Shape& s = model_.config.shape;
-  json tokens = json::array(), special = json::array();
+  std::vector<std::string_view> tokens;
+  json special = json::array();
   for (size_t i = 0; i < fed_.size(); ++i) {
-    tokens.push_back(readable(model_.tokenizer->decode(fed_[i])));
+    tokens.push_back(model_.tokenizer->decode(fed_[i]));
     if (model_.tokenizer->is_special(fed_[i])) special.push_back(i);
   }
   document_["schema"] = trace_schema;
@@ -231,7 +250,7 @@ json TraceDocument::finish(const json& rows) {
   document_["prompt"] = r_.text;
   document_["request"] = {{"chat", o_.chat}, {"tokens", r_.ids.size()}, {"new_tokens", o_.n}};
   document_["split"] = r_.split;
-  document_["ids"] = fed_, document_["tokens"] = tokens, document_["special"] = special;
+  document_["ids"] = fed_, document_["tokens"] = readable_tokens(tokens), document_["special"] = special;
   document_["answer"] = document_["full"]["answer"];
   document_["runs"] = runs_, document_["words"] = words_;
   document_["rows"] = rows;

@@ -20,6 +20,9 @@ std::string readable(std::string_view bytes);
 // The first layer in which a policy differs from full depth. Below it caches are full depth's, bit for bit (law 2).
 int first_difference(const Policy& p);
 
+// The tokens of a text, each as text. A character whose bytes are split over tokens belongs to the last of them.
+std::vector<std::string> readable_tokens(const std::vector<std::string_view>& tokens);
+
 class TraceDocument {
  public:
   // `full` is full depth's own answer, which every policy is fed. value_bytes: of a cached value, in this backend.

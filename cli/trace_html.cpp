@@ -1,22 +1,24 @@
 // trace_html.cpp - the page of `trace --html`: its source is cli/page, put into the program by the assembler.
 #include "trace_document.h"
 
-// A file of cli/page as bytes of the program, from page_NAME to page_NAME_end. Compiled from the repository's top folder,
-// as everything is.
-#define SPEED_EMBED(name, file)                    \
-  asm(".section .rodata\n"                         \
+// A file of cli/page as bytes of the program, from page_NAME to page_NAME_end. The path is that from the repository's top
+// folder, where everything is compiled. (nvcc reads this twice; only the host's half has room for it.)
+#ifdef __CUDA_ARCH__
+#define SPEED_EMBED(name, file)
+#else
+#define SPEED_EMBED(name, file)                      \
+  asm(".section .rodata\n"                           \
       ".global page_" #name ", page_" #name "_end\n" \
-      "page_" #name ":\n"                          \
-      ".incbin \"cli/page/" file "\"\n"            \
-      "page_" #name "_end:\n"                      \
-      ".previous\n");                              \
-  extern "C" const char page_##name[], page_##name##_end[];
+      "page_" #name ":\n"                            \
+      ".incbin \"cli/page/" file "\"\n"              \
+      "page_" #name "_end:\n"                        \
+      ".previous\n");
+#endif
 
-#ifndef __CUDA_ARCH__
 SPEED_EMBED(html, "page.html")
 SPEED_EMBED(css, "page.css")
 SPEED_EMBED(js, "page.js")
-#endif
+extern "C" const char page_html[], page_html_end[], page_css[], page_css_end[], page_js[], page_js_end[];
 
 namespace speed {
 

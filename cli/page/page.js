@@ -95,13 +95,23 @@ const h = (tag, attributes, ...children) => make(document.createElement(tag), at
 const s = (tag, attributes, ...children) => make(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
 // Text from a prompt or a model, so that it shows what it is: no invisible, control or direction-changing character.
-const visible = (text) => text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥")
+// Empty is a token whose bytes are part of a character that a later one completes.
+const visible = (text) => text === "" ? "·" : text.replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥")
   .replace(/[\u0000-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
   .replace(/[\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g,
     (c) => "‹" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "›");
 const isolated = (text) => "\u2068" + text + "\u2069";  // right-to-left text turns nothing around it
 const word = (text) => visible(text).replace(/^ +(?=.)/, "").replace(/^ *$/, "␣");
+// The word that a token of the text is part of: a model may read "spaniel" as " span" and "iel".
+const wholeWord = (position) => {
+  const joins = (a, b) => b < M && a >= 0 && !special.has(a) && !special.has(b) && /[\p{L}\p{N}]$/u.test(D.tokens[a]) && /^[\p{L}\p{N}]/u.test(D.tokens[b]);
+  let begin = position, end = position + 1;
+  while (joins(begin - 1, begin)) --begin;
+  while (joins(end - 1, end)) ++end;
+  return D.tokens.slice(begin, end).join("");
+};
 const quote = (text, attributes) => h("q", attributes, isolated(visible(text.trim() || text)));
+const sentence = (text, attributes) => [quote(text, attributes), /[.!?…]$/.test(text.trim()) ? " " : ". "];  // what somebody said, at a sentence's end
 const percent = (x, digits = 0) => (100 * x).toFixed(digits) + " %";
 const weight = (w) => w.toFixed(2);
 const number = (n) => Math.round(n).toString().replace(/\B(?=(\d{3})+$)/g, "\u202f");
@@ -155,12 +165,12 @@ const story = () => {
   const answerRow = Math.max(N - 1, Math.min(failing === undefined ? middle : parts(runOf("speed", failing, anchorDefault)), M - 1));
   const cost = (run) => [run.counts.prefill_flops / full.counts.prefill_flops, run.counts.kv_bytes / full.counts.kv_bytes];
   const before = () => nextWord(answerRow) === null ? "" : ["just before ", quote(D.words[nextWord(answerRow)]), ", "];
-  const looked = (look) => ["layer " + look.layer + "’s head " + look.head + " looks at ", quote(D.tokens[look.position]), " with weight " + weight(look.w)];
+  const looked = (look) => ["layer " + look.layer + "’s head " + look.head + " looks at ", quote(wholeWord(look.position)), " with weight " + weight(look.w)];
   const stops = [];
   const deepest = strongest(full, answerRow, 0, L);
   stops.push({
     title: "Full depth", view: { method: "speed", k: L, bos: anchorDefault, token: answerRow, layer: deepest ? deepest.layer : L - 1 },
-    text: ["Every prompt token runs all " + L + " layers, and the model says ", quote(full.text), ". ", deepest ? [before(), looked(deepest), "."] : ""],
+    text: ["Every prompt token runs all " + L + " layers, and the model says ", sentence(full.text), deepest ? [before(), looked(deepest), "."] : ""],
   });
   {
     const run = runOf("speed", lowest, anchorDefault), [work, cache] = cost(run);
@@ -176,8 +186,8 @@ const story = () => {
     stops.push({
       title: lowest - failing === 1 ? "One layer less" : "The next lower K",
       view: { method: "speed", k: failing, bos: anchorDefault, token: row, layer: lost ? lost.layer : failing },
-      text: ["At K = " + failing + " it says ", quote(run.text, { class: "differs" }), ". What broke? ",
-        lost ? ["Layer " + lost.layer + " has lost the prompt. At full depth, ", before(), "its head " + lost.head + " looks at ", quote(D.tokens[lost.position]),
+      text: ["At K = " + failing + " it says ", sentence(run.text, { class: "differs" }), "What broke? ",
+        lost ? ["Layer " + lost.layer + " has lost the prompt. At full depth, ", before(), "its head " + lost.head + " looks at ", quote(wholeWord(lost.position)),
           " with weight " + weight(lost.w) + "; now there is no such slot."]
           : "No layer above the line sees the prompt.",
         " KL from full depth goes from " + kl(above.kl_mean) + " to " + kl(run.kl_mean) + " nats a word."],
@@ -190,7 +200,7 @@ const story = () => {
     const share = k === undefined ? 0 : D.full.looks.slice(k).reduce((sum, look) => sum + look[0], 0) / Math.max(1, L - k);
     stops.push(run ? {
       title: "Without the anchor", view: { method: "speed", k, bos: false, token: answerRow, layer: k },
-      text: ["Without the anchor, K = " + k + " says ", quote(run.text, run.says() === full.says() ? {} : { class: "differs" }), ". ",
+      text: ["Without the anchor, K = " + k + " says ", sentence(run.text, run.says() === full.says() ? {} : { class: "differs" }),
         "At full depth the layers above this line give it " + percent(share) + " of their attention" +
         (share > 0.2 ? ": it is where a head looks when there is nothing to find." : ", so this model does not miss it.")],
     } : { title: "Without the anchor", text: null });
@@ -277,15 +287,14 @@ const reveal = () => {
 const drawBet = () => {
   const ks = ksOf("speed");
   if (ks.length < 2) { $("bet").hidden = true; return; }
-  const result = lowest === L && failing !== undefined ? "No K below " + L + " does." : "It is K = " + lowest + ".";
   if (!covered) {
     $("bet").classList.add("done");
     $("bet-choices").replaceChildren();
-    const verdict = bet === null ? "" : bet === lowest ? "You bet K = " + bet + ", and won. " : "You bet K = " + bet + ". ";
-    $("bet-question").replaceChildren("What is the lowest K that still says ", quote(full.text, { class: "w" }), "? ", h("b", {}, verdict + (bet === lowest ? "" : result)));
+    const verdict = bet === null ? "" : bet === lowest ? "You bet K = " + bet + ", and you are right. " : "You bet K = " + bet + ". ";
+    $("bet-question").replaceChildren(verdict, ...(lowest === L && failing !== undefined ? ["No K below " + L + " still says "] : ["K = ", h("b", {}, String(lowest)), " is the lowest that still says "]), quote(full.text, { class: "w" }));
     return;
   }
-  $("bet-question").replaceChildren("Full depth says ", quote(full.text, { class: "w" }), ". Bet: what is the lowest K that still says so?");
+  $("bet-question").replaceChildren("With all " + L + " layers the model answers ", quote(full.text, { class: "w" }), " What is the lowest K that still says so? Place your bet.");
   $("bet-choices").replaceChildren(
     ...ks.map((k) => h("button", { type: "button", onclick: () => { bet = k; reveal(); draw(); } }, String(k))),
     h("button", { type: "button", class: "skip", onclick: () => { reveal(); draw(); } }, "just show me"));
@@ -323,7 +332,7 @@ const kinds = {
   kv: ["--kv", "it only leaves keys and values"],
   none: ["--none", "no work, no slot"],
   anchor: ["--anchor", "the anchor, a constant"],
-  header: ["--header", "decode-phase, given"],
+  header: ["--header", D.request.chat ? "the answer’s header" : "last of the prompt, decode-phase"],
   own: ["--own", "answer"],
 };
 // While it plays: whether this cell has been computed yet.
@@ -360,7 +369,7 @@ const drawDots = (run, g) => {
   const cx = (position) => g.x(position) + g.column / 2, cy = (l) => g.y(l) + g.rowHeight / 2;
   const label = (l, look, lost) => {
     const size = Math.min(12, Math.max(9.5, g.rowHeight * 0.62)), chosen = l === view.layer;
-    const text = word(D.tokens[look.position]) + (chosen ? " " + weight(look.w) + (lost ? ", lost" : "") : "");
+    const text = word(wholeWord(look.position)) + (chosen ? " " + weight(look.w) + (lost ? ", lost" : "") : "");
     const right = cx(look.position) + most + 3, width = text.length * size * 0.6, left = right + width > g.left + g.width - 8;
     labels.push(s("text", {
       x: left ? cx(look.position) - most - 3 : right, y: cy(l) + size * 0.36, "text-anchor": left ? "end" : null, "font-size": size,
@@ -372,11 +381,11 @@ const drawDots = (run, g) => {
     const from = recordOf(run, l, r), seen = from ? from.looks(l, r) : [];
     const ideal = full.stores(l, r) && l >= run.from ? full.looks(l, r).filter((look) => !run.sees(l, r, look.position)) : [];
     const dot = (look, lost) => {
-      if (look.w < 0.01) return;
+      if (look.w < 0.02) return;
       const radius = Math.max(0.8, most * Math.sqrt(look.w));
       nodes.push(s("circle", {
-        cx: cx(look.position), cy: cy(l), r: lost ? Math.max(1.6, radius - 0.8) : radius,
-        style: lost ? "fill:none;stroke:var(--k);stroke-width:1.6px" : "fill:var(--dot);stroke:var(--paper);stroke-width:.8px",
+        cx: cx(look.position), cy: cy(l), r: lost ? Math.max(1, radius - 0.7) : radius,
+        style: lost ? "fill:none;stroke:var(--k);stroke-width:" + Math.min(1.6, radius * 0.55) + "px" : "fill:var(--dot);stroke:var(--paper);stroke-width:.8px",
       }));
       if (l === view.layer && look.w >= 0.1 && look.position < r) {
         const x1 = cx(r), x2 = cx(look.position), lift = Math.min(46, 12 + Math.abs(x1 - x2) * 0.12);
@@ -398,7 +407,7 @@ const drawDots = (run, g) => {
 
 const drawTable = (run, g) => {
   const nodes = [], r = view.token, x = g.tableLeft, narrow = g.tableWidth < 372;
-  const cols = narrow ? [18, 96, 124] : [28, 132, 250], barWidth = narrow ? 66 : 92, small = 11;
+  const cols = narrow ? [20, 128, Math.max(240, g.tableWidth * 0.5)] : [28, 142, 258], barWidth = narrow ? 78 : 100, small = 11;
   const size = Math.min(12.5, g.tableRow * 0.8), font = size + "px";
   const y0 = g.tableTop - 22;
   const head = (dx, first, second) => nodes.push(s("text", { x: x + dx, y: y0, "font-size": small, style: "fill:var(--soft)" }, first),
@@ -406,7 +415,7 @@ const drawTable = (run, g) => {
   head(cols[0], "looks at", "");
   nodes.push(s("text", { x: x + cols[0], y: y0 + 14, "font-size": small }, s("tspan", { style: "fill:var(--anchor)" }, "anchor "),
     s("tspan", { style: "fill:var(--prompt)" }, "prompt "), s("tspan", { style: "fill:var(--own)" }, "own")));
-  head(cols[1], "hardest, in the", "prompt, at");
+  head(cols[1], "in the prompt,", "most at");
   head(cols[2], "would say next", "after “" + fit(word(D.tokens[r]), g.tableWidth - cols[2] - 40, small + "px") + "”");
   const next = nextWord(r);
   for (let l = 0; l < L; ++l) {
@@ -429,7 +438,7 @@ const drawTable = (run, g) => {
     const best = source && source.looks(l, r).filter((look) => look.position > 0 && look.position < SPLIT).reduce((a, b) => !a || b.w > a.w ? b : a, null);
     if (best) {
       const tail = " " + weight(best.w) + "·h" + best.head;
-      const name = fit(word(D.tokens[best.position]), cols[2] - cols[1] - 8 - tail.length * size * 0.56, font);
+      const name = fit(word(wholeWord(best.position)), cols[2] - cols[1] - 8 - tail.length * size * 0.56, font);
       nodes.push(s("text", { x: x + cols[1], y: base, "font-size": size },
         s("tspan", { style: unseen ? "fill:var(--k)" : "", "text-decoration": unseen ? "line-through" : null }, isolated(name)),
         s("tspan", { style: "fill:var(--soft)" }, tail)));
@@ -455,7 +464,7 @@ const drawGrid = () => {
   const every = g.rowHeight >= 14 ? 1 : 5;
   for (let l = 0; l < L; ++l) if (l % every === 0) nodes.push(label(g.left - 6, g.y(l) + g.rowHeight / 2 + 4, String(l), { "text-anchor": "end" }));
   nodes.push(label(g.left, g.bottom + 15, (g.phone ? "" : "the ") + "prompt, " + count(SPLIT, "token")));
-  if (M > SPLIT) nodes.push(label(g.left + g.width, g.bottom + 15, g.phone ? "answer" : (N > SPLIT ? "given, " : "") + "answer", { "text-anchor": "end" }));
+  if (M > SPLIT) nodes.push(label(g.left + g.width, g.bottom + 15, g.phone ? "answer" : (D.request.chat ? "header, " : "") + "answer", { "text-anchor": "end" }));
   if (!g.phone) nodes.push(label(0, g.top - 8, "layer"));
 
   // The strip: is the next word full depth's?
@@ -485,14 +494,14 @@ const drawGrid = () => {
 };
 
 const drawWhere = () => {
-  const run = current(), r = view.token, l = view.layer, what = r === 0 && special.has(0) ? "the first token, BoS" : r < SPLIT ? "of the prompt" : r < N ? "given, decode-phase" : "of the answer";
+  const run = current(), r = view.token, l = view.layer, what = r === 0 && special.has(0) ? "the first token, BoS" : r < SPLIT ? "of the prompt" : r < N ? (D.request.chat ? "of the answer’s header" : "decode-phase") : "of the answer";
   const below = "slot " + r, upper = run.policy === "speed" && run.from < L && !run.isFull;
   const above = r >= run.split ? "slot " + (r - run.split + run.anchored) : r === 0 && run.anchored ? "slot 0, the anchor" : "no slot";
   const place = !upper ? "slot " + r + " in every layer" : run.k > 0 ? below + " below the line, " + above + " above it" : above;
   const record = recordOf(run, l, r);
   $("where").replaceChildren(quote(D.tokens[r], { class: "w" }), ", " + what + ": position " + r + ", " + place + ". In layer " + l + " ",
     promptRowEnds(run, l, r) ? (run.sees(l, M - 1, r) && kindOf(run, l, r) === "kv" ? "it only leaves its keys and values." : r === 0 && run.anchored ? "it is a constant, made once per model." : "it does nothing.")
-      : record ? "it gives " + ((shares) => percent(shares[0]) + " of its attention to the anchor, " + percent(shares[1]) + " to the prompt, " + percent(shares[2]) + " to the tokens from the split on.")(record.shares(l, r)) : "nothing is stored.");
+      : record ? "it gives " + ((shares) => percent(shares[0]) + " of its attention to the anchor, " + percent(shares[1]) + " to the prompt, " + percent(shares[2]) + " to decode-phase tokens.")(record.shares(l, r)) : "nothing is stored.");
 };
 
 const drawLegend = () => {
@@ -516,7 +525,7 @@ const drawText = () => {
     return h("span", {
       class: names || null, style: tint > 2 ? `background:color-mix(in srgb, var(${colour}) ${tint}%, transparent)` : null,
       title: look && look.w >= 0.005 ? "weight " + weight(look.w) + ", head " + look.head + " of layer " + l : null, onclick: () => change({ token: i }, stop),
-    }, visible(text).replace(/⏎/g, "⏎\n"));
+    }, visible(text).replace(/⏎+(?!.*⏎)/, "$&\n"));
   }));
   box.scrollTop = top;
 };
@@ -565,14 +574,14 @@ const byHand = (run) => {
   const add = (text, formula, value) => { if (value) parts.push([text, formula, value]); };
   const layers = (test) => [...Array(L).keys()].filter(test), span = (list) => list.length === 0 ? "" : list.length === 1 ? "layer " + list[0] : "layers " + list[0] + "–" + list.at(-1);
   const whole = layers((l) => l < run.prompt_layers), only = layers((l) => l >= run.prompt_layers && run.cachesPrompt(l) && caching[l]);
-  const attention = 2 * n * (n + 1) * q;
+  const attention = 2 * n * (n + 1) * q, given = count(t, "decode-phase token");
   add("prompt, " + span(whole) + ", whole", `${whole.length} × (${n} × ${number(wholeRow)} + 2·${n}·${n + 1}·${q})`, whole.length * (n * wholeRow + attention));
   add("prompt, " + span(only) + ", keys and values", `${only.length} × ${n} × ${number(rowFlops.kv)}`, only.length * n * rowFlops.kv);
   const lower = layers((l) => run.cachesPrompt(l)), upper = layers((l) => !run.cachesPrompt(l)), sum = (first) => t * first + t * (t - 1) / 2;
   const rows = (list, first) => list.length * (t * wholeRow + 4 * q * sum(first));
   const written = (list, first) => `${list.length} × (${t} × ${number(wholeRow)} + 4·${q}·${sum(first)})`;
-  add(count(t, "given token") + ", " + span(lower), written(lower, n + 1), rows(lower, n + 1));
-  add(count(t, "given token") + ", " + span(upper), written(upper, run.anchored + 1), rows(upper, run.anchored + 1));
+  add(given + ", " + span(lower), written(lower, n + 1), rows(lower, n + 1));
+  add(given + ", " + span(upper), written(upper, run.anchored + 1), rows(upper, run.anchored + 1));
   add("the head, one row", `2 × ${d} × ${S.vocab}`, 2 * d * S.vocab);
   const slots = run.caches.reduce((total, c, l) => total + (c === l ? (run.cachesPrompt(l) ? N : t + run.anchored) : 0), 0);
   const cacheText = upper.length ? `${lower.length}·${N} + ${upper.length}·(${+run.anchored} + ${t}) = ${slots} slots` : `${caching.filter(Boolean).length}·${N} = ${slots} slots`;
