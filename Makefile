@@ -3,6 +3,8 @@
 # make test         builds and runs the tests; needs no Python and no network
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make test-package   the tests of the Python package in hf/, all of them (an environment of 7 GB, once)
+# make test-page    the page of `trace --html` in headless Chromium; ./run.sh test-page installs it first
+# make pages        two sample pages into build/pages: the bundled model, and SmolLM2 where ./run.sh has fetched it
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
 # make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
@@ -128,6 +130,19 @@ test-hf: speed
 test-package: speed
 	hf/run.sh pytest -q hf/tests
 
+test-page: speed
+	tests/page/run.sh "$(CACHE)"
+
+# What the README's pictures show. All K of SmolLM2 take two minutes of one processor.
+SMOLLM2 = $(CACHE)/smollm2-135m-instruct.safetensors
+DOG = The dog of the choir is a spaniel called Biscuit. What is the name of the dog?
+pages: speed
+	@mkdir -p $(BUILD)/pages
+	./speed trace -m models/small.safetensors --chat -f tests/page/story.txt --html $(BUILD)/pages/small.html > $(BUILD)/pages/small.txt
+	@if [ -e "$(SMOLLM2)" ]; then set -x; \
+	  ./speed trace -m "$(SMOLLM2)" --chat -p "$(DOG)" --html $(BUILD)/pages/smollm2.html > $(BUILD)/pages/smollm2.txt; fi
+	@ls -l $(BUILD)/pages/*.html
+
 # Needs clang and its run-time library (Debian: clang libclang-rt-dev libomp-dev). ./run.sh fuzz installs them first.
 FUZZ_SECONDS ?= 600
 fuzz:
@@ -224,5 +239,5 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package sanitize sanitize-threads bench fuzz \
+.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package test-page pages sanitize sanitize-threads bench fuzz \
   format check-format help clean FORCE

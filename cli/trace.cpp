@@ -32,11 +32,11 @@ static void write_hidden_states(const std::string& path, const std::vector<std::
 // One layer of a prefill.
 struct TracedLayer {
   LayerStats stats;
-  int cache = 0;           // whose KV cache it reads
-  uint64_t slots = 0;      // in that cache
-  uint64_t kv_bytes = 0;   // of its own
-  uint64_t predicted = 0;  // FLOPs
-  uint64_t full = 0;       // FLOPs at full depth
+  int cache = 0;                                 // whose KV cache it reads
+  uint64_t slots = 0;                            // in that cache
+  uint64_t kv_bytes = 0;                         // of its own
+  uint64_t predicted = 0;                        // FLOPs
+  uint64_t full = 0;                             // FLOPs at full depth
   bool operator==(const TracedLayer& o) const {  // but for its time, and where its cache is
     return stats.prompt_rows == o.stats.prompt_rows && stats.kv_rows == o.stats.kv_rows && slots == o.slots &&
            stats.counted.flops == o.stats.counted.flops && predicted == o.predicted && kv_bytes == o.kv_bytes &&
@@ -49,7 +49,7 @@ struct Traced {
   size_t split = 0;
   std::vector<TracedLayer> layers;  // [L]
   TracedLayer head, all;
-  uint64_t full_kv_bytes = 0;                // at full depth
+  uint64_t full_kv_bytes = 0;              // at full depth
   std::vector<std::vector<float>> states;  // for --dump
 };
 
@@ -91,18 +91,12 @@ Traced trace_policy(const Options& o, const Model& model, const Policy& policy, 
 }
 
 static Table table_of(const std::vector<Traced>& traced, bool with_times) {
-  std::vector<Table::Column> columns = {{"policy", ""},
-                                        {"k", ""},
-                                        {"bos", ""},
-                                        {"name", traced.size() > 1 ? "policy" : ""},
-                                        {"layer", "layer"},
-                                        {"prompt_rows", "prompt"},
-                                        {"kv_rows", "K,V"},
-                                        {"tail_rows", "tail"},
-                                        {"cache", "reads"},
-                                        {"slots", "slots"},
-                                        {"flops", "counted"},
-                                        {"predicted_flops", "predicted"},
+  std::vector<Table::Column> columns = {{"policy", ""},       {"k", ""},
+                                        {"bos", ""},          {"name", traced.size() > 1 ? "policy" : ""},
+                                        {"layer", "layer"},   {"prompt_rows", "prompt"},
+                                        {"kv_rows", "K,V"},   {"tail_rows", "tail"},
+                                        {"cache", "reads"},   {"slots", "slots"},
+                                        {"flops", "counted"}, {"predicted_flops", "predicted"},
                                         {"kv_bytes", "cache"}};
   if (with_times) columns.push_back({"seconds", "time"});
   Table table(columns);
@@ -150,9 +144,8 @@ static std::string layers_text(size_t first, size_t last) {
 static std::vector<std::array<size_t, 2>> folded(const std::vector<Traced>& traced) {
   std::vector<std::array<size_t, 2>> groups;
   for (size_t l = traced[0].layers.size(); l-- > 0;) {
-    const bool same = !groups.empty() && std::all_of(traced.begin(), traced.end(), [&](const Traced& t) {
-      return t.layers[l] == t.layers[l + 1];
-    });
+    const bool same = !groups.empty() && std::all_of(traced.begin(), traced.end(),
+                                                     [&](const Traced& t) { return t.layers[l] == t.layers[l + 1]; });
     if (same) groups.back()[0] = l;
     else groups.push_back({l, l});
   }
@@ -260,15 +253,16 @@ static void print_notes(const Model& model, const Request& r, const Traced& t) {
   if (t.split > 0 && whole < L && t.layers[whole].stats.kv_rows >= N && !p.uses_swiftkv(int(whole))) {
     if (whole + 1 == size_t(p.k) || p.method == Method::full)
       std::cout << "Layer " << whole << (p.method == Method::full ? ", the last," : ", K-1,")
-                << " makes only keys and values of a prompt token: nothing reads more of it.\n";
+                << " makes only keys and values of a prompt token:\nnothing reads more of it.\n";
   }
   for (size_t l = 0; l < L; ++l) {
     if (p.caches_prompt(int(l))) continue;
     const size_t last = N - 1, slot = t.layers[l].slots - 1;
     const bool anchor = p.needs_anchor_slot(int(l)) && t.split > 0;
+    const std::string word = quoted(model, r.ids[last]);
     std::cout << "From layer " << l << " up the prompt has no slot" << (anchor ? "; slot 0 is the anchor" : "")
-              << ". The last token, " << quoted(model, r.ids[last]) << ",\nhas position " << last << " and slot " << slot
-              << " there; below, slot " << last << ".\n";
+              << ".\nThe last token" << (columns(word) < 24 ? ", " + word + "," : "") << " has position " << last
+              << " and slot " << slot << " there; below, slot " << last << ".\n";
     break;
   }
   bool equal = t.all.stats.counted.flops == t.all.predicted;
@@ -323,7 +317,8 @@ static void print_compared(const std::vector<Traced>& traced) {
   sums.print(std::cout, "text");
   const bool equal = std::all_of(traced.begin(), traced.end(),
                                  [](const Traced& t) { return t.all.stats.counted.flops == t.all.predicted; });
-  std::cout << (equal ? "Every count is what the formula predicts.\n" : "Counts differ from the formula: see -o csv.\n");
+  std::cout << (equal ? "Every count is what the formula predicts.\n"
+                      : "Counts differ from the formula: see -o csv.\n");
 }
 
 // ---- the page and its data ----------------------------------------------------------------------------------------

@@ -161,9 +161,8 @@ Recording record(const Model& model, const Policy& policy, std::span<const int> 
     host.capacity = cache.capacity;
     RecordedLayer& layer = r.layers[l];
     if (layer.rows.empty()) layer.first = first + begin;
-    r.attention_error =
-        std::max(r.attention_error, look(layer, policy, l, split, begin, rows, cache.used - rows + 1, query.data(),
-                                         host, output.data(), s));
+    r.attention_error = std::max(r.attention_error, look(layer, policy, l, split, begin, rows, cache.used - rows + 1,
+                                                         query.data(), host, output.data(), s));
   };
 
   std::vector<float> below;  // states after the layer below, of this chunk
@@ -201,7 +200,8 @@ Recording record(const Model& model, const Policy& policy, std::span<const int> 
       ids, split,
       [&](size_t i, const float* logits) {
         r.top.push_back(arg_max(logits, V));
-        r.lens_error = std::max(r.lens_error, relative_distance(last_lens.data() + (i - last_lens_from) * V, logits, V));
+        r.lens_error =
+            std::max(r.lens_error, relative_distance(last_lens.data() + (i - last_lens_from) * V, logits, V));
         if (i + answer >= N - split) r.logits.insert(r.logits.end(), logits, logits + V);
       },
       true);
@@ -209,7 +209,8 @@ Recording record(const Model& model, const Policy& policy, std::span<const int> 
     if (turned[l]) r.turn[l] /= double(turned[l]);
     const auto& cache = engine.cache(int(l));
     std::vector<std::byte>& bytes = r.cache.emplace_back();
-    for (const CacheValue* from : {cache.k, cache.v}) {
+    const std::array<const CacheValue*, 2> both = {cache.k, cache.v};
+    for (const CacheValue* from : both) {
       std::vector<CacheValue> all(cache.capacity * s.kv_width());
       b.download(all.data(), from, all.size());
       for (int g = 0; g < s.n_kv_heads; ++g) {
@@ -228,8 +229,8 @@ struct Said {
   bool stopped = false;            // there is one
   std::vector<LayerStats> layers;  // [L] counted in the prefill
   LayerStats head;
-  uint64_t prefill_flops = 0, kv_bytes = 0;        // counted in the prefill; in the KV cache after it
-  uint64_t step_flops = 0, step_read_bytes = 0;    // counted in the decode step right after it
+  uint64_t prefill_flops = 0, kv_bytes = 0;      // counted in the prefill; in the KV cache after it
+  uint64_t step_flops = 0, step_read_bytes = 0;  // counted in the decode step right after it
 };
 
 template <class B>

@@ -34,9 +34,8 @@ void put_glance(std::vector<uint8_t>& out, const Glance& g, bool dense) {
   std::vector<size_t> order(slots);
   for (size_t j = 0; j < slots; ++j) order[j] = j;
   const size_t n = std::min(strongest, slots);
-  std::partial_sort(order.begin(), order.begin() + long(n), order.end(), [&](size_t a, size_t b) {
-    return g.weight[a] != g.weight[b] ? g.weight[a] > g.weight[b] : a < b;
-  });
+  std::partial_sort(order.begin(), order.begin() + long(n), order.end(),
+                    [&](size_t a, size_t b) { return g.weight[a] != g.weight[b] ? g.weight[a] > g.weight[b] : a < b; });
   for (size_t j = 0; j < n; ++j) {
     put16(out, order[j]);
     out.push_back(root_byte(g.weight[order[j]])), out.push_back(g.head[order[j]]);
@@ -194,8 +193,7 @@ json TraceDocument::run(const Recording& rec, const Said& said, int from) {
           {"kl_mean", rounded(kl_sum / double(this->answer()), 4)},
           {"counts", counts_json(said.prefill_flops, said.kv_bytes, said.step_flops, said.step_read_bytes)},
           {"predicted", counts_json(cost.prefill_flops(N, T), cost.kv_bytes(N - T, T, value_bytes_),
-                                    cost.decode_flops(N, T),
-                                    cost.decode_read_bytes(N, T, value_bytes_, sizeof(bf16)))},
+                                    cost.decode_flops(N, T), cost.decode_read_bytes(N, T, value_bytes_, sizeof(bf16)))},
           {"weight_bytes", cost.weight_bytes(sizeof(bf16))},
           {"attention_error", rounded(rec.attention_error, 2)},
           {"lens_error", rounded(rec.lens_error, 2)},
@@ -249,7 +247,7 @@ json TraceDocument::finish(const json& rows) {
   document_["value_bytes"] = value_bytes_;
   document_["prompt"] = r_.text;
   document_["request"] = {{"chat", o_.chat}, {"tokens", r_.ids.size()}, {"new_tokens", o_.n}};
-  document_["split"] = r_.split;
+  document_["split"] = full_.split;
   document_["ids"] = fed_, document_["tokens"] = readable_tokens(tokens), document_["special"] = special;
   document_["answer"] = document_["full"]["answer"];
   document_["runs"] = runs_, document_["words"] = words_;

@@ -6,12 +6,16 @@
 #ifdef __CUDA_ARCH__
 #define SPEED_EMBED(name, file)
 #else
-#define SPEED_EMBED(name, file)                      \
-  asm(".section .rodata\n"                           \
-      ".global page_" #name ", page_" #name "_end\n" \
-      "page_" #name ":\n"                            \
-      ".incbin \"cli/page/" file "\"\n"              \
-      "page_" #name "_end:\n"                        \
+#define SPEED_EMBED(name, file)             \
+  asm(".section .rodata\n"                  \
+      ".global page_" #name ", page_" #name \
+      "_end\n"                              \
+      "page_" #name                         \
+      ":\n"                                 \
+      ".incbin \"cli/page/" file            \
+      "\"\n"                                \
+      "page_" #name                         \
+      "_end:\n"                             \
       ".previous\n");
 #endif
 

@@ -51,7 +51,8 @@ std::vector<double> weights_from_state(const Model& m, int l, const std::vector<
       double sum = 0;
       for (size_t j = 0; j <= r; ++j) {
         double dot = 0;
-        for (size_t i = 0; i < e; ++i) dot += double(q[(r * s.n_heads + h) * e + i]) * k[(j * s.n_kv_heads + g) * e + i];
+        for (size_t i = 0; i < e; ++i)
+          dot += double(q[(r * s.n_heads + h) * e + i]) * k[(j * s.n_kv_heads + g) * e + i];
         sum += p[(r * s.n_heads + h) * n + j] = std::exp(dot / std::sqrt(double(e)));
       }
       for (size_t j = 0; j <= r; ++j) p[(r * s.n_heads + h) * n + j] /= sum;
@@ -144,7 +145,8 @@ TEST_CASE("weights times values are the engine's attention output, under every p
   const Shape& s = f.model.config.shape;
   Engine<Cpu> engine(f.model, full_depth(s.n_layers), {29, 9, 0}, f.cpu);
   size_t calls = 0;
-  engine.on_attention = [&](int l, size_t, size_t rows, const float* q, const LayerCache<float>& cache, const float* o) {
+  engine.on_attention = [&](int l, size_t, size_t rows, const float* q, const LayerCache<float>& cache,
+                            const float* o) {
     RecordedLayer layer;
     const size_t seen = cache.used - rows + 1;
     CHECK(look(layer, full_depth(s.n_layers), l, 20, 0, rows, seen, q, cache, o, s) < tolerance);
@@ -173,7 +175,8 @@ TEST_CASE("the last lens is the logits, and a lens names the likeliest words", "
     double sum = 0;
     for (float x : row) sum += std::exp(double(x));
     const Lens direct = read_lens(row.data(), row.size(), f.ids[f.split + i + 1]);
-    CHECK(std::vector<int>(direct.word.begin(), direct.word.end()) == std::vector<int>(order.begin(), order.begin() + 3));
+    CHECK(std::vector<int>(direct.word.begin(), direct.word.end()) ==
+          std::vector<int>(order.begin(), order.begin() + 3));
     CHECK(std::abs(direct.p[1] - std::exp(double(row[order[1]])) / sum) < 1e-6);
     CHECK(std::abs(direct.p_next - std::exp(double(row[f.ids[f.split + i + 1]])) / sum) < 1e-6);
     const Lens& lens = r.layers.back().lens[i];
@@ -303,16 +306,28 @@ TEST_CASE("the document holds what was recorded", "[trace]") {
 
 TEST_CASE("base64 and readable tokens", "[trace]") {
   auto b = [](std::string_view s) { return base64({reinterpret_cast<const uint8_t*>(s.data()), s.size()}); };
-  const std::vector<std::pair<std::string, std::string>> rfc = {{"", ""},          {"f", "Zg=="},        {"fo", "Zm8="},
-                                                                {"foo", "Zm9v"},   {"foob", "Zm9vYg=="}, {"fooba", "Zm9vYmE="},
+  const std::vector<std::pair<std::string, std::string>> rfc = {{"", ""},
+                                                                {"f", "Zg=="},
+                                                                {"fo", "Zm8="},
+                                                                {"foo", "Zm9v"},
+                                                                {"foob", "Zm9vYg=="},
+                                                                {"fooba", "Zm9vYmE="},
                                                                 {"foobar", "Zm9vYmFy"}};  // RFC 4648
   for (auto& [bytes, text] : rfc) CHECK(b(bytes) == text);
   CHECK(readable("gr\xC3\xBC\xC3\x9F") == "gr\xC3\xBC\xC3\x9F");
   CHECK(readable("\xE2\x82") == "\\xE2\\x82");
   CHECK(readable("a\xFF") == "a\\xFF");
   // A character split over tokens, an impossible byte, and a character that never ends.
-  CHECK(readable_tokens({"a\xE4", "\xBD", "\xA0" "b", "\xFF", "", "\xC3", "c", "\xF0\x9F"}) ==
-        std::vector<std::string>{"a", "", "\xE4\xBD\xA0" "b", "\\xFF", "", "", "\\xC3" "c", "\\xF0\\x9F"});
+  CHECK(readable_tokens({"a\xE4", "\xBD",
+                         "\xA0"
+                         "b",
+                         "\xFF", "", "\xC3", "c", "\xF0\x9F"}) == std::vector<std::string>{"a", "",
+                                                                                           "\xE4\xBD\xA0"
+                                                                                           "b",
+                                                                                           "\\xFF", "", "",
+                                                                                           "\\xC3"
+                                                                                           "c",
+                                                                                           "\\xF0\\x9F"});
 }
 
 TEST_CASE("nothing in a document can end its element on the page", "[trace]") {

@@ -2,8 +2,8 @@
 
     make test-page      # installs Debian's chromium where it is missing, and playwright in a virtual environment
 
-The page's numbers are compared with the data that `-o json` writes, read here by a decoder of its own, with `speed plan`,
-and with what `speed generate` says. A page made of hostile text must show it and run nothing.
+The page's numbers are compared with the data that `-o json` writes, read here by a decoder of its own, with those of
+`speed plan`, and with what `speed generate` says. A page made of hostile text must show it and run nothing.
 """
 
 import base64
@@ -25,7 +25,8 @@ MODEL = ROOT / "models" / "small.safetensors"
 STORY = (ROOT / "tests" / "page" / "story.txt").read_text().strip()
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'><!-- ]]> "
-    "\"'`${window.hacked = 3} \\u003c/script> &lt;b&gt; \u202egnp.exe\u202c \u2066x \u2028 \u2029 \u0001\u001b[31m \u200b\u05e9\u05dc\u05d5\u05dd"
+    "\"'`${window.hacked = 3} \\u003c/script> &lt;b&gt; \u202egnp.exe\u202c \u2066x \u2028 \u2029 "
+    "\u0001\u001b[31m \u200b\u05e9\u05dc\u05d5\u05dd"
     " \U0001f600 javascript:alert(1) /*data*/ /*page.js*/"
 )
 
@@ -81,7 +82,16 @@ class Page(unittest.TestCase):
 
     def test_all_nine_panels_are_there(self):
         page = self.open("#stop=3")
-        for panel in ("#bet", "#grid svg", "#text span", "#stops button", "#looks svg", "#saves .card", "#would svg", "#answers tr"):
+        for panel in (
+            "#bet",
+            "#grid svg",
+            "#text span",
+            "#stops button",
+            "#looks svg",
+            "#saves .card",
+            "#would svg",
+            "#answers tr",
+        ):
             self.assertGreater(page.locator(panel).count(), 0, panel)
         self.assertEqual(page.locator("#stops button").count(), 5)
         self.assertEqual(page.locator("#saves .card").count(), 3)
@@ -119,7 +129,12 @@ class Page(unittest.TestCase):
     def test_the_stops_say_what_the_runs_say(self):
         page = self.open()
         runs = {(r["policy"], r["k"], r["bos"]): r for r in self.document["runs"]}
-        for key, (policy, k, bos) in {"2": ("speed", 5, True), "3": ("speed", 4, True), "4": ("speed", 5, False), "5": ("pop", 4, None)}.items():
+        for key, (policy, k, bos) in {
+            "2": ("speed", 5, True),
+            "3": ("speed", 4, True),
+            "4": ("speed", 5, False),
+            "5": ("pop", 4, None),
+        }.items():
             page.keyboard.press(key)
             run = runs[policy, k, bos]
             self.assertEqual(page.locator("#says").inner_text().strip("\u2068\u2069"), run["text"])
@@ -140,26 +155,26 @@ class Page(unittest.TestCase):
     # ---- numbers ----
 
     def test_dots_are_the_attention_of_the_data(self):
-        """Of the chosen token: one dot for each slot with a weight of 0.02 or more, hollow where the policy has none."""
+        """Of the chosen token: one dot for each slot with a weight of 0.02 or more, hollow where there is no slot."""
         d, full = self.document, self.document["full"]
         run = next(r for r in d["runs"] if (r["policy"], r["k"], r["bos"]) == ("speed", 4, True))
         token, L, split = 91, d["model"]["shape"]["n_layers"], d["split"]
 
-        def looks(run, layer):
-            first = lambda l: 0 if run is full and l < full["prompt_layers"] else run["split"]
-            seen = lambda l, r: r - split + 2 if run is not full else r + 1
+        def looks(run, wanted):
+            """{position: weight} of the token in this layer."""
             raw, at = base64.b64decode(run["attention"]), 0
-            for l in range(run["from"], L):
-                for r in range(first(l), len(d["tokens"])):
-                    if (l, r) == (layer, token):
-                        weights = [(raw[at + 2 * i] / 255) ** 2 for i in range(seen(l, r))]
-                        return {i if run is full else (0 if i == 0 else split + i - 1): w for i, w in enumerate(weights)}
-                    at += 2 * seen(l, r)
+            for layer in range(run["from"], L):
+                whole = run is full and layer < full["prompt_layers"]
+                for row in range(0 if whole else run["split"], len(d["tokens"])):
+                    seen = range(row + 1) if run is full else [0, *range(split, row + 1)]
+                    if (layer, row) == (wanted, token):
+                        return {position: (raw[at + 2 * i] / 255) ** 2 for i, position in enumerate(seen)}
+                    at += 2 * len(seen)
 
         solid, hollow = 0, 0
-        for l in range(L):
-            ideal = looks(full, l)
-            seen = ideal if l < 4 else looks(run, l)
+        for layer in range(L):
+            ideal = looks(full, layer)
+            seen = ideal if layer < 4 else looks(run, layer)
             solid += sum(w >= 0.02 for w in seen.values())
             hollow += sum(w >= 0.02 for i, w in ideal.items() if i not in seen)
         page = self.open("#k=4&policy=speed&bos=1&token=91&layer=4")
@@ -174,11 +189,19 @@ class Page(unittest.TestCase):
         where = page.locator("#where").inner_text()
         self.assertIn("position 90", where)
         self.assertIn("slot 90 below the line, slot 4 above it", where)
-        self.assertIn("slot 3 above it", self.open("#k=5&policy=speed&bos=0&token=90&layer=6").locator("#where").inner_text())
-        self.assertIn("slot 90 in every layer", self.open("#k=5&policy=pop&token=90&layer=6").locator("#where").inner_text())
+        self.assertIn(
+            "slot 3 above it", self.open("#k=5&policy=speed&bos=0&token=90&layer=6").locator("#where").inner_text()
+        )
+        self.assertIn(
+            "slot 90 in every layer", self.open("#k=5&policy=pop&token=90&layer=6").locator("#where").inner_text()
+        )
 
     def test_what_it_saves_is_what_was_counted(self):
-        counted = [row for row in json.loads(speed("trace", "-m", MODEL, "--chat", "-p", STORY, "--k", 5, "-o", "json"))["rows"] if row["layer"] == "all"]
+        counted = [
+            row
+            for row in json.loads(speed("trace", "-m", MODEL, "--chat", "-p", STORY, "--k", 5, "-o", "json"))["rows"]
+            if row["layer"] == "all"
+        ]
         page = self.open("#k=5&policy=speed&bos=1&token=90&layer=4")
         saves = page.locator("#saves").inner_text().replace("\u202f", "")
         for text in ("59.7 %", "64.6 %", str(counted[0]["flops"]), str(counted[0]["kv_bytes"]), "161247232", "240640"):
@@ -194,12 +217,17 @@ class Page(unittest.TestCase):
 
     def test_what_it_would_save_is_what_plan_says(self):
         page = self.open()
-        for shape, policy, k, bos, n in [("llama-3.1-8b", "speed", 24, True, 131072), ("llama-3.1-8b", "pop", 22, True, 1024), ("llama-3.2-1b", "speed", 7, False, 300),
-                                         ("llama-3.1-70b", "speed", 1, True, 64), ("llama-3.2-3b", "pop", 27, True, 5000)]:  # fmt: skip
-            flags = [] if bos else ["--no-bos"]
-            row = json.loads(speed("plan", "--shape", shape, "--policy", policy, "--k", k, "--ctx", n, "-n", 0, "--json", *flags))["rows"][1]
+        for shape, policy, k, bos, n in [
+            ("llama-3.1-8b", "speed", 24, True, 131072),
+            ("llama-3.1-8b", "pop", 22, True, 1024),
+            ("llama-3.2-1b", "speed", 7, False, 300),
+            ("llama-3.1-70b", "speed", 1, True, 64),
+            ("llama-3.2-3b", "pop", 27, True, 5000),
+        ]:
+            flags = ["--shape", shape, "--policy", policy, "--k", k, "--ctx", n, "-n", 0] + ["--no-bos"] * (not bos)
+            row = json.loads(speed("plan", "--json", *flags))["rows"][1]
             name = shape.replace("llama", "Llama").replace("b", "B")
-            own = page.evaluate("([name, policy, k, bos, n]) => speedPlan(name, policy, k, bos, n)", [name, policy, k, bos, n])
+            own = page.evaluate("(all) => speedPlan(...all)", [name, policy, k, bos, n])
             for key in ("prefill_flops", "kv_bytes", "weight_bytes"):
                 self.assertEqual(own[key], row[key], (shape, policy, k, key))
         note = page.locator("#would-note").inner_text()
@@ -241,8 +269,19 @@ class Page(unittest.TestCase):
     def test_keyboard_alone(self):
         page = self.open("#stop=3")
         page.locator("#grid").focus()
-        for key, name, value in [("ArrowUp", "k", "5"), ("ArrowDown", "k", "4"), ("ArrowRight", "token", "92"), ("ArrowLeft", "token", "91"), ("PageUp", "layer", "5"),
-                                 ("PageDown", "layer", "4"), ("b", "bos", "0"), ("m", "policy", "pop"), ("Home", "token", "0"), ("End", "token", "93"), ("3", "stop", "3")]:  # fmt: skip
+        for key, name, value in [
+            ("ArrowUp", "k", "5"),
+            ("ArrowDown", "k", "4"),
+            ("ArrowRight", "token", "92"),
+            ("ArrowLeft", "token", "91"),
+            ("PageUp", "layer", "5"),
+            ("PageDown", "layer", "4"),
+            ("b", "bos", "0"),
+            ("m", "policy", "pop"),
+            ("Home", "token", "0"),
+            ("End", "token", "93"),
+            ("3", "stop", "3"),
+        ]:
             page.keyboard.press(key)
             self.assertEqual(self.state(page)[name], value, key)
         self.clean(page)
@@ -275,11 +314,12 @@ class Page(unittest.TestCase):
         self.clean(page)
 
     def test_light_and_dark(self):
-        colours = [self.open("#stop=3", scheme=s).evaluate("getComputedStyle(document.body).backgroundColor") for s in ("light", "dark")]
+        paper = "getComputedStyle(document.body).backgroundColor"
+        colours = [self.open("#stop=3", scheme=scheme).evaluate(paper) for scheme in ("light", "dark")]
         self.assertNotEqual(*colours)
         page = self.open("#stop=3")
         page.locator("#theme").click()
-        self.assertEqual(page.evaluate("getComputedStyle(document.body).backgroundColor"), colours[1])
+        self.assertEqual(page.evaluate(paper), colours[1])
 
     def test_paper(self):
         page = self.open()
@@ -302,7 +342,9 @@ class Page(unittest.TestCase):
 
     def test_hostile_text_is_shown_and_runs_nothing(self):
         for number, flags in enumerate((["--chat"], [])):
-            path, document = make_page(self.folder.name, f"hostile{number}.html", "-m", MODEL, "-n", 4, "--ks", "2,4", "-p", HOSTILE, *flags)
+            path, document = make_page(
+                self.folder.name, f"hostile{number}.html", "-m", MODEL, "-n", 4, "--ks", "2,4", "-p", HOSTILE, *flags
+            )
             self.assertEqual(document["prompt"], HOSTILE)
             page = self.open("#stop=1", path=path)
             for key in "12345bmp":
@@ -333,7 +375,7 @@ class Page(unittest.TestCase):
         self.clean(page)
 
     def test_other_requests(self):
-        """Plain text, no header, a split of one's own, one-token answers, other policies, long prompts, other models."""
+        """Plain text, a split of one's own, one-token answers, other policies, long prompts, other models."""
         golden = ROOT / "tests" / "golden"
         for number, flags in enumerate([
             ["-m", MODEL, "-p", "The code word is"],
@@ -346,7 +388,7 @@ class Page(unittest.TestCase):
             ["-m", golden / "swiftkv.safetensors", "-p", "The quick brown fox", "-n", 5, "--policy", "swiftkv"],
             ["-m", golden / "tied.safetensors", "-p", "grüße 你好 🎉 שלום", "-n", 5],
         ]):  # fmt: skip
-            path, document = make_page(self.folder.name, f"other{number}.html", *flags)
+            path, _ = make_page(self.folder.name, f"other{number}.html", *flags)
             page = self.open("", path=path)
             for key in ["1", "2", "3", "4", "5", "m", "m", "b", "m", "p", "p"]:
                 page.keyboard.press(key)
