@@ -327,9 +327,9 @@ const drawBet = () => {
 
 // ---- 2, 3 the grid, and each layer beside it ----------------------------------------------------------------------
 
-let geometry = null;
+let geometry = null, printing = false;
 const layout = () => {
-  const W = Math.max(300, $("grid").clientWidth), beside = W >= 900, phone = W < 560;
+  const W = printing ? 720 : Math.max(300, $("grid").clientWidth), beside = W >= 900, phone = W < 560;
   const rowHeight = Math.max(beside ? 14 : 12, Math.min(30, Math.round((phone ? 300 : 440) / L)));
   const left = phone ? 46 : 62, table = beside ? 388 : 0, gap = 4, top = 38;
   const width = W - left - (beside ? table + 22 : 2), column = (width - gap) / M;
@@ -994,7 +994,8 @@ $("theme").addEventListener("click", () => theme(document.documentElement.datase
 // A reader who scrolls past the bet has skipped it; paper has no buttons.
 addEventListener("scroll", () => { if (covered && scrollY > 0 &&
     $("looks-title").getBoundingClientRect().top < innerHeight * 0.8) reveal(), draw(); }, { passive: true });
-addEventListener("beforeprint", () => { reveal(), $("by-hand").open = true, draw(); });
+addEventListener("beforeprint", () => { printing = true, $("by-hand").open = true, reveal(), stopPlaying(), draw(); });
+addEventListener("afterprint", () => { printing = false, draw(); });
 addEventListener("hashchange", () => { if (restore()) reveal(), draw(); });
 let width = 0;
 new ResizeObserver(() => { const now = $("grid").clientWidth; if (now !== width) width = now, draw();
