@@ -143,7 +143,7 @@ std::vector<Flag> flags() {
       {"Policy", GENERATE | LOGITS | PERPLEXITY | TRACE, "--split", &O::split, "N",
        "the first N tokens are prompt, the rest decode-phase", whole_number(0, many)},
       {"Policy", TRACE, "--compare", &O::compare, "[POLICY]",
-       "a second policy beside it, as pop:20, speed:24:no-bos or\nshare:2 (full)"},
+       "a second policy beside it, as pop:20, share:2 or\nspeed:24:no-bos (full)"},
       {"Policy", TRACE, "--ks", &O::ks, "LIST", "K of the page, as 8,16,24 (all)"},
       {"Policy", CHAT, "--keep-answers", &O::keep_answers, "", "speed: upper layers keep earlier answers"},
       {"Policy", GENERATE | PERPLEXITY, "--compare", &O::compare, "[LIST]",
