@@ -128,7 +128,8 @@ const scaled = (x, step, units) => {
 };
 const flops = (x) => scaled(x, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"]);
 const size = (x) => scaled(x, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]);
-const kl = (x) => x === 0 ? "0" : x < 0.0005 ? "< 0.001" : x.toPrecision(2);
+const kl = (x) =>
+    x === 0 ? "0" : x < 0.0005 ? "< 0.001" : x < 0.01 ? x.toFixed(3) : x.toPrecision(2);
 const count = (n, thing) => n + " " + thing + (n === 1 ? "" : "s");
 
 const measure = document.createElement("canvas").getContext("2d");
@@ -603,10 +604,13 @@ const drawText = () => {
   box.scrollTop = top;
 };
 
+// Charts are drawn in the pixels they will have, so that their text keeps its size.
+const chartWidth = (id) => Math.max(280, Math.min(560, $(id).clientWidth));
+
 // ---- 6 where the answer looks -------------------------------------------------------------------------------------
 
 const drawLooks = () => {
-  const W = 560, H = 270, left = 46, top = 12, bottom = H - 42, width = (W - left - 8) / L, run = current(),
+  const W = chartWidth("looks"), H = 270, left = 46, top = 12, bottom = H - 42, width = (W - left - 8) / L, run = current(),
       k = run.isFull ? L : run.k, nodes = [];
   const y = (share) => bottom - share * (bottom - top);
   for (const share of [0, 0.5, 1]) nodes.push(s("text", { x: left - 8, y: y(share) + 4, "font-size": 12,
@@ -751,7 +755,7 @@ const drawWould = () => {
     return [a.prefill_flops / b.prefill_flops, a.kv_bytes / b.kv_bytes,
         (a.weight_bytes + batch * a.kv_bytes) / (b.weight_bytes + batch * b.kv_bytes)];
   };
-  const W = 560, H = 270, left = 46, right = 96, top = 14, bottom = H - 36, x = (n) => left +
+  const W = chartWidth("would"), H = 270, left = 46, right = 96, top = 14, bottom = H - 36, x = (n) => left +
       (Math.log2(n) - 6) / 11 * (W - left - right);
   const points = [...Array(45).keys()].map((i) => 2 ** (6 + i / 4)), lines = points.map(ratios),
       most = Math.max(1.05, ...lines.flat()) * 1.02;
