@@ -3,6 +3,8 @@
 # make test         builds and runs the tests; needs no Python and no network
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make test-package   the tests of the Python package in hf/, all of them (an environment of 7 GB, once)
+# make test-page    the page of `trace --html` in headless Chromium; ./run.sh test-page installs it first
+# make pages        two sample pages into build/pages: the bundled model, and SmolLM2 where ./run.sh has fetched it
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
 # make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
@@ -24,7 +26,7 @@ BUILD ?= build
 CACHE ?= $(or $(SPEED_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/speed)
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 NAMED = -DSPEED_COMMIT='"$(COMMIT)"'
-SOURCES = speed.cu model.h tokenizer.h $(wildcard base/*.h text/*.h cpu/*.h gpu/*.cuh cli/*.h cli/*.cpp)
+SOURCES = speed.cu model.h tokenizer.h $(wildcard base/*.h text/*.h cpu/*.h gpu/*.cuh cli/*.h cli/*.cpp cli/page/*)
 
 # With a GPU here and a CUDA toolkit of 12.8 or later, nvcc builds the program for this GPU and the CPU, all of it from
 # speed.cu. Otherwise g++ builds it for the CPU alone.
@@ -61,6 +63,9 @@ $(METHOD).gch: speed.cu
 $(BUILD)/program/%.o: cli/%.cpp $(METHOD).gch
 	$(CXX) $(LANGUAGE) $(CXXFLAGS) $(if $(findstring report,$@),$(NAMED)) -MMD -include $(METHOD) -c $< -o $@
 
+# The page of `trace --html` is put into the program as it is.
+$(BUILD)/program/trace_html.o: $(wildcard cli/page/*)
+
 $(BUILD)/program/main.o: speed.cu
 	@mkdir -p $(@D)
 	$(CXX) $(LANGUAGE) $(CXXFLAGS) -DSPEED_SEPARATE -MMD -x c++ -c $< -o $@
@@ -95,7 +100,7 @@ $(EMULATED): WITH_HELPERS = -DSPEED_EMULATOR -Wno-unknown-pragmas
 $(BUILD)/emulator.o: TESTFLAGS += -O3
 
 # -rdynamic, so that the emulator's messages name a kernel.
-$(BUILD)/tests: $(TEST_OBJECTS) $(BUILD)/emulator.o $(addprefix $(BUILD)/program/,policies.o report.o request.o)
+$(BUILD)/tests: $(TEST_OBJECTS) $(BUILD)/emulator.o $(addprefix $(BUILD)/program/,policies.o report.o request.o trace_document.o trace_html.o)
 	$(CXX) $(TESTFLAGS) -fopenmp -rdynamic $^ -o $@ $(LIBRARIES) -lboost_context
 
 # Laws and threads once more with other OpenBLAS kernels: those pick their method by shape, so equal bits are harder.
@@ -124,6 +129,19 @@ test-hf: speed
 
 test-package: speed
 	hf/run.sh pytest -q hf/tests
+
+test-page: speed
+	tests/page/run.sh "$(CACHE)"
+
+# What the README's pictures show. All K of SmolLM2 take two minutes of one processor.
+SMOLLM2 = $(CACHE)/smollm2-135m-instruct.safetensors
+DOG = The dog of the choir is a spaniel called Biscuit. What is the name of the dog?
+pages: speed
+	@mkdir -p $(BUILD)/pages
+	./speed trace -m models/small.safetensors --chat -f tests/page/story.txt --html $(BUILD)/pages/small.html > $(BUILD)/pages/small.txt
+	@if [ -e "$(SMOLLM2)" ]; then set -x; \
+	  ./speed trace -m "$(SMOLLM2)" --chat -p "$(DOG)" --html $(BUILD)/pages/smollm2.html > $(BUILD)/pages/smollm2.txt; fi
+	@ls -l $(BUILD)/pages/*.html
 
 # Needs clang and its run-time library (Debian: clang libclang-rt-dev libomp-dev). ./run.sh fuzz installs them first.
 FUZZ_SECONDS ?= 600
@@ -221,5 +239,5 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package sanitize sanitize-threads bench fuzz \
+.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package test-page pages sanitize sanitize-threads bench fuzz \
   format check-format help clean FORCE

@@ -8,6 +8,7 @@
 #   ./run.sh test         build and pass all tests
 #   ./run.sh fuzz         ten minutes of hostile files, texts and templates, made up by libFuzzer
 #   ./run.sh sanitize-threads   the threads under ThreadSanitizer
+#   ./run.sh test-page    the page of `trace --html` in headless Chromium
 #   ./run.sh check-format       whether clang-format and ruff would change anything
 #
 # Downloads and the exported model are kept in $SPEED_CACHE (default: ~/.cache/speed), outside this folder.
@@ -82,6 +83,12 @@ if [ "${1:-}" = fuzz ] || [ "${1:-}" = sanitize-threads ]; then
   build_tools
   install "for make $1" clang libclang-rt-dev libomp-dev catch2
   exec make --no-print-directory "$1"
+fi
+
+if [ "${1:-}" = test-page ]; then
+  build_tools
+  install "for make test-page" chromium python3 python3-venv
+  exec make --no-print-directory -j"$(nproc)" test-page
 fi
 
 if [ "${1:-}" = check-format ]; then

@@ -332,6 +332,7 @@ class Engine {
     b_.project_q(q_.get(), a_.get() + full_from * d, swiftkv ? w.swiftkv_wq : w.wq, cos_.get() + full_from * e / 2,
                  sin_.get() + full_from * e / 2, m, d, s_.n_heads, e);
     b_.attention(o_.get(), q_.get(), cache, m, cache.used - m + 1, s_.n_heads, s_.n_kv_heads, e);
+    if (on_attention) on_attention(l, position_ + full_from, m, q_.get(), cache, o_.get());
     b_.matmul(x, o_.get(), w.wo, m, q, d, true);
 
     // MLP: gate = silu(a Wgate) * (a Wup), then x += gate Wdown.
@@ -495,6 +496,11 @@ class Engine {
   // copies it); `first` is the position of row 0. It may throw Interrupted. In a decode step a GPU may run all layers
   // later, at once: x then has no values yet.
   std::function<void(int layer, size_t first, size_t rows, const Residual* x)> on_layer;
+  // Called after every layer's attention, with its queries q and output o [rows, n_heads, head_dim] and the cache it
+  // read, all in the backend's memory. Row i has position first + i and saw slots [0, cache.used - rows + 1 + i).
+  std::function<void(int layer, size_t first, size_t rows, const Activation* q, const LayerCache<CacheValue>& cache,
+                     const Activation* o)>
+      on_attention;
   bool time_layers = false;  // wait for each layer, so that its seconds are its own
 
   size_t position() const { return position_; }

@@ -31,7 +31,7 @@ inline constexpr Mode modes[] = {
     {"chat", "hold a conversation", run_chat},
     {"logits", "write the logits of given tokens to a NumPy file", run_logits},
     {"perplexity", "how well a text is predicted under a policy, beside full depth", run_perplexity},
-    {"trace", "show one prompt layer by layer: rows, slots, FLOPs, bytes, time", run_trace},
+    {"trace", "show one prompt layer by layer, as text or as a page (--html)", run_trace},
     {"bench", "time prompts and generation beside this machine's ceilings", run_bench},
     {"plan", "predict FLOPs and bytes by formula, with no weights at hand", run_plan},
     {"tokenize", "text to token ids, or back with --decode", run_tokenize},

@@ -151,11 +151,16 @@ std::vector<Flag> flags() {
       {"Policy", RUN | PLAN, "--every", &O::every, "G", "share: every G-th layer keeps a cache", whole_number(1, 4096)},
       {"Policy", GENERATE | LOGITS | PERPLEXITY | TRACE, "--split", &O::split, "N",
        "the first N tokens are prompt, the rest decode-phase", whole_number(0, many)},
+      {"Policy", TRACE, "--compare", &O::compare, "[POLICY]",
+       "a second policy beside it, as pop:20, share:2 or\nspeed:24:no-bos (full)"},
+      {"Policy", TRACE, "--ks", &O::ks, "LIST", "K of the page, as 8,16,24 (all)"},
       {"Policy", CHAT, "--keep-answers", &O::keep_answers, "", "speed: upper layers keep earlier answers"},
       {"Policy", GENERATE | PERPLEXITY, "--compare", &O::compare, "[LIST]",
        "full depth beside the policy, or beside several:\nspeed:24,speed:24:no-bos,pop:20,share:2"},
 
       {"Generation", WRITE, "-n,--n-predict", &O::n, "N", "new tokens at most (128)", whole_number(1, many)},
+      {"Generation", TRACE, "-n,--n-predict", &O::n, "N", "tokens of the page's answer at most (16)",
+       whole_number(1, 1000)},
       {"Generation", GENERATE, "-c,--ctx-size", &O::context, "N", "context in tokens (what prompt and -n need)",
        whole_number(1, many)},
       {"Generation", CHAT, "-c,--ctx-size", &O::context, "N", "context in tokens (4096, or the model's)",
@@ -174,8 +179,12 @@ std::vector<Flag> flags() {
        whole_number(1, 1024)},
       {"Running", RUN, "--chunk", &O::chunk, "N", "rows that go through a layer together (512; GPU: 8192)",
        whole_number(1, 1 << 16)},
+      {"Running", TRACE, "--html", &O::html, "FILE", "write a page: this prompt under every K, to look into",
+       not_empty()},
       {"Running", TRACE, "--dump", &O::dump, "FILE", "write the hidden states, .safetensors", not_empty()},
-      {"Running", PLAN | TRACE | INFO | PERPLEXITY | BENCH | TOKENIZE, "-o,--output", &O::format, "NAME",
+      {"Running", TRACE, "-o,--output", &O::format, "NAME", "text; md or csv: the table; json: the page's data",
+       one_of({"text", "md", "csv", "json"})},
+      {"Running", PLAN | INFO | PERPLEXITY | BENCH | TOKENIZE, "-o,--output", &O::format, "NAME",
        "tables as text, md, csv or json", one_of({"text", "md", "csv", "json"})},
       {"Running", GENERATE, "-o,--output", &O::format, "NAME", "text or json; with --compare the table also as md, csv",
        one_of({"text", "md", "csv", "json"})},
@@ -315,6 +324,7 @@ std::optional<Options> read_options(int argc, char** argv) {
   }
   const size_t mode = size_t(std::find(names.begin(), names.end(), o.mode) - names.begin());
   if (o.mode == "bench") o.n = 64;
+  if (o.mode == "trace") o.n = 16;
 
   CLI::App app("speed " + o.mode + ": " + modes[mode].does, "speed " + o.mode);
   app.allow_extras();

@@ -40,7 +40,7 @@ struct Options {
   // perplexity
   std::optional<int> prompt_tokens, answer_tokens;
   // output
-  std::string format = "text", record, out, dump, device = "auto";
+  std::string format = "text", record, out, dump, html, device = "auto";
   bool json = false, special = false, decode = false, ids = false;
 };
 

@@ -26,4 +26,6 @@ int program(int argc, char** argv);
 #include "request.cpp"
 #include "tokenize.cpp"
 #include "trace.cpp"
+#include "trace_document.cpp"
+#include "trace_html.cpp"
 #endif

@@ -16,6 +16,7 @@ extern const char* const commit;
 std::string fixed(double x, int digits);
 std::string flops_text(double x);  // 12345678 -> "12.3 MFLOP", in steps of 1000
 std::string bytes_text(double x);  // in steps of 1024
+std::string grouped(uint64_t n);   // 1234567 -> "1,234,567"
 std::string seconds_text(double s);
 std::string now();                     // UTC, as 2026-01-31T12:00:00Z
 double median(std::vector<double> v);  // of an even number, the upper one

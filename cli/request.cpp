@@ -100,7 +100,7 @@ Request make_request(const Options& o, const Model& model) {
   if (o.chat) {
     if (o.special) throw Error(2, "--special", "has no meaning in a chat", "leave it or --chat out");
     auto turn = chat_template(model).first(o.system, text, o.date, o.answer_prefix);
-    r = {std::move(turn.ids), turn.split};
+    r = {std::move(turn.ids), turn.split, text};
   } else {
     if (o.system || o.date || !o.answer_prefix.empty())
       throw Error(2,
@@ -110,6 +110,7 @@ Request make_request(const Options& o, const Model& model) {
                   "has no meaning for plain text", "add --chat");
     r.ids = plain_ids(model, text, o.special);
     r.split = r.ids.size() - 1;
+    r.text = text;
   }
   if (o.split && size_t(*o.split) >= r.ids.size())
     throw Error(2, "--split " + std::to_string(*o.split), "the prompt has " + std::to_string(r.ids.size()) + " tokens",

@@ -14,7 +14,8 @@ extern std::atomic<bool> interrupted;
 
 struct Request {
   std::vector<int> ids;
-  size_t split = 0;  // ids[0, split) are prompt tokens
+  size_t split = 0;       // ids[0, split) are prompt tokens
+  std::string text = {};  // as the user gave it; empty where ids came from elsewhere
 };
 
 std::string read_file(const std::string& path);

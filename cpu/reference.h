@@ -52,28 +52,34 @@ inline void rope(float* x, const float* cos, const float* sin, size_t n, size_t 
     }
 }
 
+// What one head of one row looks at: p = softmax(query keys^T / sqrt(head_dim)), of sum 1
+// p [slots]; query [head_dim]; keys [slots, head_dim]          Vaswani et al., arXiv 1706.03762
+inline void attention_weights(double* p, const float* query, const float* keys, size_t slots, size_t head_dim) {
+  const double scale = 1 / std::sqrt(double(head_dim));
+  double row_max = -INFINITY, sum = 0;
+  for (size_t s = 0; s < slots; ++s) {
+    p[s] = 0;
+    for (size_t i = 0; i < head_dim; ++i) p[s] += double(query[i]) * keys[s * head_dim + i];
+    row_max = std::max(row_max, p[s] *= scale);
+  }
+  for (size_t s = 0; s < slots; ++s) sum += p[s] = std::exp(p[s] - row_max);
+  for (size_t s = 0; s < slots; ++s) p[s] /= sum;
+}
+
 // Grouped-query attention: row r sees the first seen + r slots of the cache. This is the whole causal
 // mask: tokens that row r must not see have no slot, or a later one.          Ainslie et al., arXiv 2305.13245
 // o, q [n, n_heads, head_dim]; query head h reads key head h / (n_heads / n_kv_heads)
 inline void attention(float* o, const float* q, const LayerCache<float>& cache, size_t n, size_t seen, size_t n_heads,
                       size_t n_kv_heads, size_t head_dim) {
-  const double scale = 1 / std::sqrt(double(head_dim));
   for (size_t r = 0; r < n; ++r)
     for (size_t h = 0; h < n_heads; ++h) {
       const size_t first = h / (n_heads / n_kv_heads) * cache.capacity * head_dim;
-      const float* query = q + (r * n_heads + h) * head_dim;
       std::vector<double> p(seen + r);
-      double row_max = -INFINITY, sum = 0;
-      for (size_t s = 0; s < p.size(); ++s) {
-        p[s] = 0;
-        for (size_t i = 0; i < head_dim; ++i) p[s] += double(query[i]) * cache.k[first + s * head_dim + i];
-        row_max = std::max(row_max, p[s] *= scale);
-      }
-      for (double& x : p) sum += x = std::exp(x - row_max);
+      attention_weights(p.data(), q + (r * n_heads + h) * head_dim, cache.k + first, p.size(), head_dim);
       for (size_t i = 0; i < head_dim; ++i) {
         double value = 0;
         for (size_t s = 0; s < p.size(); ++s) value += p[s] * cache.v[first + s * head_dim + i];
-        o[(r * n_heads + h) * head_dim + i] = float(value / sum);
+        o[(r * n_heads + h) * head_dim + i] = float(value);
       }
     }
 }

@@ -586,6 +586,70 @@ TEST_CASE("trace", "[cli]") {
   for (std::string line; std::getline(text, line);) CHECK(columns(line) <= 80);
 }
 
+TEST_CASE("trace as text: equal layers folded, slots named, all within 80 columns", "[cli]") {
+  const std::string story = "trace -m models/small.safetensors --chat -f tests/page/story.txt ";
+  auto has = [](const std::string& out, const std::string& words) {
+    INFO(out << "\nshould hold: " << words);
+    CHECK(out.find(words) != std::string::npos);
+  };
+  for (const std::string flags : {"", "--k 5", "--k 5 --no-bos", "--policy pop --k 3", "--policy share --every 3",
+                                  "--k 5 --compare pop:5", "--k 3 --compare", "--split 0 --k 2"}) {
+    const Ran r = speed_(story + flags);
+    REQUIRE(r.code == 0);
+    has(r.out, "Every count is what the formula predicts.");
+    std::istringstream text(r.out);
+    for (std::string line; std::getline(text, line);) CHECK(columns(line) <= 80);
+  }
+  const std::string five = speed_(story + "--k 5").out;
+  has(five, "\n5-6         0    4  BoS + 4    1,580,032    4.2 %     2,560");
+  has(five, "\n4           0   91       91    4,606,976   12.1 %    46,592");
+  has(five, "\n0-3        87   91       91   37,925,888  100.0 %    46,592");
+  has(five, "161,247,232   59.7 %   240,640");
+  has(five, "Layer 4, K-1, makes only keys and values of a prompt token");
+  has(five, "From layer 5 up the prompt has no slot; slot 0 is the anchor.\n");
+  has(five, "The last token, \"\\n\\n\", has position 90 and slot 4 there; below, slot 90.\n");
+  has(five, "prompt        0-86  \"<|begin_of_text|>\"");
+  has(five, "decode-phase  87-90");
+  has(speed_(story + "--k 5 --no-bos").out, "position 90 and slot 3");
+  const std::string two = speed_(story + "--k 5 --compare pop:5").out;
+  has(two, "left: speed K=5; right: pop K=5");
+  has(two, "\n5-6         0    4  BoS + 4    4.2 %  |       0   91    91    8.9 %");
+  has(two, "pop K=5    199,992,832   74.0 %   372,736  100.0 %");
+  refused(story + "--k 5 --compare pop:5,pop:4", 2, "one policy");
+  refused(story + "--k 5 --compare fast", 2, "no policy");
+}
+
+TEST_CASE("trace as a page and as data", "[cli]") {
+  Scratch scratch;
+  const std::string story = "trace -m models/small.safetensors --chat -f tests/page/story.txt ";
+  const Ran once = speed_(story + "--k 5 -o json --html " + (scratch / "a.html"));
+  const Ran twice = speed_(story + "--k 5 -o json -t 1 --chunk 700 --html " + (scratch / "b.html"));
+  REQUIRE(once.code == 0);
+  CHECK(once.out == twice.out);
+  CHECK(read_file(scratch / "a.html") == read_file(scratch / "b.html"));
+  CHECK(shell("SPEED trace -m models/small.safetensors --chat - -o json --k 5 < tests/page/story.txt").out == once.out);
+  const json d = json::parse(once.out);
+  CHECK(d["schema"] == "speed-trace/1");
+  CHECK(d["runs"].size() == 3 * 7);
+  CHECK(d["full"]["text"] == "A camera.");
+  for (const json& run : d["runs"]) {
+    CHECK(run["counts"] == run["predicted"]);
+    CHECK(run["lower_equal"] == true);
+    if (run["policy"] == "speed" && run["bos"] == true) {
+      const int k = run["k"];
+      CHECK(run["text"] == (k >= 5 ? "A camera." : k == 4 ? "A ring." : "A pencil."));
+    }
+  }
+  for (const json& row : d["rows"]) CHECK(!row.contains("seconds"));
+  CHECK(json::parse(speed_(story + "-o json --ks 2,5").out)["runs"].size() == 3 * 2);
+  CHECK(speed_(story + "--html " + (scratch / "c.html")).out.rfind("full, 8 layers: 91 tokens", 0) == 0);
+  refused(story + "--ks 9 -o json", 2, "no K of this model");
+  refused(story + "--ks x -o json", 2, "\"x\"");
+  refused(story + "--html /nonexistent/x", 1, "cannot be written");
+  refused("trace" + on_tied + "-p '" + std::string(1200, 'x') + "' -o json", 2, "the page and its data take 1000");
+  refused("trace" + on_tied + "-p '" + std::string(505, 'x') + "' -o json", 2, "exceed the model's 512");
+}
+
 TEST_CASE("info and tables", "[cli]") {
   CHECK(speed_("info" + on_tied).out.find("chat template") != std::string::npos);
   const json about = json::parse(speed_("info" + on_tied + "-o json").out);

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # tests/fuzz/run.sh [SECONDS [FOLDER]]: fuzzes the loader for SECONDS (600), and beside it the tokenizer and the chat
-# templates for half as long each, and prints what libFuzzer counted. Needs clang and its run-time library. FOLDER
-# (build/fuzz) keeps programs and inputs, so that a later run goes on from there. Exit 1 on a finding, whose input is
-# then named and printed.
+# templates for half as long each, then the page of `trace --html` for a tenth, and prints what libFuzzer counted. Needs
+# clang and its run-time library. FOLDER (build/fuzz) keeps programs and inputs, so that a later run goes on from there.
+# Exit 1 on a finding, whose input is then named and printed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 seconds=${1:-600}
@@ -41,5 +41,5 @@ export -f compile fuzz
 
 compile tests/fuzz/seeds.cpp -o "$folder/seeds"
 "$folder/seeds" "$folder/inputs"
-xargs -n 2 -P 2 bash -euo pipefail -c 'fuzz "$@"' fuzz <<<"model $seconds tokenizer $((seconds / 2)) chat $((seconds / 2))" ||
+xargs -n 2 -P 2 bash -euo pipefail -c 'fuzz "$@"' fuzz <<<"model $seconds tokenizer $((seconds / 2)) chat $((seconds / 2)) page $((seconds / 10))" ||
   exit 1

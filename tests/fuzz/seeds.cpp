@@ -1,5 +1,5 @@
-// Writes the seeds of the fuzz targets into FOLDER/model, FOLDER/tokenizer and FOLDER/chat, from the golden models, the
-// bundled one and the texts of this project.
+// Writes the seeds of the fuzz targets into FOLDER/model, FOLDER/tokenizer, FOLDER/chat and FOLDER/page, from the golden
+// models, the bundled one and the texts of this project.
 #include <filesystem>
 
 #include "fuzz.h"
@@ -72,6 +72,10 @@ int main(int, char** argv) {
     for (const char* text :
          {"hello", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", " \u00a0{date}\x1f", "\xff"})
       write("chat", j.dump() + nul + text + nul + text + nul + "{date}" + nul + text);
+
+  for (const char* text :
+       {"</script><script>", "<!-- -->]]>", "\"'\\u003c&lt;", "\u2028\u2029\u202e", "\x01\x1f\x7f", "/*data*/"})
+    write("page", std::string("a") + nul + text + nul + "\xf0\x9f" + nul + "\x98\x80\xff");
 
   for (const char* text : {"It's 2024!\n\n  \t x", "a\u00e9\u4f60\U0001F600\u0301", "<|a|><|b|><|", "   ", "aaaaaaab",
                            "\r\n \n", "1234567", "'S 'LL \u017f"})
