@@ -275,8 +275,8 @@ class Engine {
   Buffer<Residual> x_;                          // [rows, d]            the residual stream
   Buffer<Activation> a_;                        // [rows, d]            hidden states after a norm
   Buffer<Activation> q_, o_;                    // [rows, q]            queries; attention's output
-  Buffer<Activation> k_, v_;                    // [rows, kv]           keys and values of this chunk
-  Buffer<Activation> gate_, up_;                // [rows, f]            the MLP's hidden layer; scratch memory
+  Buffer<Activation> kv_;                       // [2, rows, kv]        keys of this chunk, then values
+  Buffer<Activation> gate_up_;                  // [2, rows, f]         the MLP's hidden layer, then scratch memory
   Buffer<float> cos_, sin_;                     // [rows, head_dim / 2] RoPE's angles, by position
   Buffer<float> frequencies_;                   // [head_dim / 2]
   Buffer<float> logits_;                        // [head_rows, V]
@@ -337,17 +337,17 @@ class Engine {
 
     // MLP: gate = silu(a Wgate) * (a Wup), then x += gate Wdown.
     b_.rmsnorm(a_.get(), x, w.mlp_norm, m, d, c_.rms_norm_eps);
-    b_.mlp_gate_up(gate_.get(), up_.get(), a_.get(), w.gate, w.up, m, d, f);
-    b_.matmul(x, gate_.get(), w.down, m, f, d, true);
+    b_.mlp_gate_up(gate_up_.get(), gate_up_.get() + m * f, a_.get(), w.gate, w.up, m, d, f);
+    b_.matmul(x, gate_up_.get(), w.down, m, f, d, true);
   }
 
   // Keys and values of rows [from, n), made from their normed states a and appended to layer l's cache. They are a
   // product of their own, even where queries are made too. A library picks its kernel by shape, so only then are caches
   // below K bit-equal to full depth's.
   void project_kv(int l, const Activation* a, size_t from, size_t n, const bf16* wk, const bf16* wv) {
-    const size_t angles = from * s_.head_dim / 2;
-    b_.project_kv(caches_[l], k_.get(), v_.get(), a, wk, wv, cos_.get() + angles, sin_.get() + angles, n - from,
-                  s_.hidden, s_.n_kv_heads, s_.head_dim);
+    const size_t m = n - from, angles = from * s_.head_dim / 2;
+    b_.project_kv(caches_[l], kv_.get(), kv_.get() + m * s_.kv_width(), a, wk, wv, cos_.get() + angles,
+                  sin_.get() + angles, m, s_.hidden, s_.n_kv_heads, s_.head_dim);
     stats_[l].kv_rows += n - from;
   }
 
@@ -583,8 +583,7 @@ class Engine {
     auto make = [](auto& buffer, size_t n) { buffer = std::remove_reference_t<decltype(buffer)>(n); };
     make(x_, rows * s_.hidden), make(a_, rows * s_.hidden);
     make(q_, rows * s_.q_width()), make(o_, rows * s_.q_width());
-    make(k_, rows * kv), make(v_, rows * kv);
-    make(gate_, rows * s_.mlp), make(up_, rows * s_.mlp);
+    make(kv_, 2 * rows * kv), make(gate_up_, 2 * rows * s_.mlp);
     make(cos_, rows * s_.head_dim / 2), make(sin_, rows * s_.head_dim / 2);
     make(logits_, head_rows * s_.vocab), make(best_, 1);
     make(step_inputs_, s_.n_layers + 2 * rows);

@@ -359,6 +359,15 @@ inline void* device_allocate(size_t bytes, Where where = Where::current()) {
 // Waits for all work on the device first. Null is allowed.
 inline void device_free(void* p) noexcept { cudaFree(p); }
 
+// Pinned memory of the host: the GPU copies from and to it by itself. Other memory goes through the driver's own, in
+// pieces, while the caller waits.
+inline void* host_allocate(size_t bytes, Where where = Where::current()) {
+  void* p = nullptr;
+  SPEED_CHECK(cudaMallocHost(&p, bytes), where);
+  return p;
+}
+inline void host_free(void* p) noexcept { cudaFreeHost(p); }
+
 // A queue of work for the GPU, which runs in order. The destructor waits for it.
 class Stream {
  public:
@@ -514,6 +523,16 @@ class Blas {
   void gemm(bf16* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta,
             Where where = Where::current()) {
     product(y, CUDA_R_16BF, x, w, n, in, out, beta, where);
+  }
+  // y0 = x w0^T and y1 = x w1^T in one go: each alone may be too small for a whole GPU. w1 lies after w0, y1 after y0.
+  void gemm_pair(bf16* y0, bf16* y1, const bf16* x, const bf16* w0, const bf16* w1, size_t n, size_t in, size_t out,
+                 Where where = Where::current()) {
+    if (n == 0) return;
+    const float alpha = 1, beta = 0;
+    SPEED_CHECK(cublasGemmStridedBatchedEx(handle_, CUBLAS_OP_T, CUBLAS_OP_N, int(out), int(n), int(in), &alpha, w0,
+                                           CUDA_R_16BF, int(in), w1 - w0, x, CUDA_R_16BF, int(in), 0, &beta, y0,
+                                           CUDA_R_16BF, int(out), y1 - y0, 2, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                where);
   }
 
   static constexpr size_t workspace_bytes = size_t(32) << 20;  // NVIDIA's advice for Hopper

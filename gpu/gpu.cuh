@@ -13,8 +13,8 @@
 
 namespace speed {
 
-// The first visible GPU. Operations are queued on one stream: they run later, in the order of the calls. upload,
-// download, on_host and wait() return when they and all before them are done. Must outlive the engines that use it.
+// The first visible GPU. Operations are queued on one stream: they run later, in the order of the calls. download,
+// on_host and wait() return when they and all before them are done. Must outlive the engines that use it.
 class Gpu {
  public:
   using Residual = float;
@@ -131,23 +131,31 @@ class Gpu {
 
   uint64_t available_memory() const { return open_device().free_bytes; }
 
+  // `from` may change as soon as this returns. A decode step's inputs are small: the host goes on at once.
   template <class T>
   void upload(T* to, const T* from, size_t n) {
-    copy_to_device(to, from, n * sizeof(T), stream_);
-    wait();
+    if (upload_waits_) wait();
+    void* staged = uploaded_.need(n * sizeof(T));
+    std::memcpy(staged, from, n * sizeof(T));
+    copy_to_device(to, staged, n * sizeof(T), stream_);
+    upload_waits_ = true;
   }
   template <class T>
   void download(T* to, const T* from, size_t n) {
-    copy_to_host(to, from, n * sizeof(T), stream_);
+    std::memcpy(to, on_host(from, n), n * sizeof(T));
+  }
+  // Where the host can read n values until the next call, or the next download.
+  template <class T>
+  const T* on_host(const T* p, size_t n) {
+    void* to = downloaded_.need(n * sizeof(T));
+    copy_to_host(to, p, n * sizeof(T), stream_);
     wait();
+    return static_cast<const T*>(to);
   }
-  // Where the host can read n values until the next call.
-  const float* on_host(const float* p, size_t n) {
-    host_.resize(n);
-    download(host_.data(), p, n);
-    return host_.data();
+  void wait() {
+    synchronize(stream_);
+    upload_waits_ = false;
   }
-  void wait() { synchronize(stream_); }
 
   // ---- one generated token ----
 
@@ -164,9 +172,10 @@ class Gpu {
       step.ran = true;
       return work();
     }
-    if (!step.graph) {
-      step.graph = Graph(stream_, work);
-    } else {
+    const bool captured = bool(step.graph);
+    if (!captured) step.graph = Graph(stream_, work);
+    step.graph.run(stream_);  // before the counting, which the GPU then need not wait for
+    if (captured) {
       struct CountingOnly {
         bool& flag;
         explicit CountingOnly(bool& f) : flag(f) { flag = true; }
@@ -174,7 +183,6 @@ class Gpu {
       } counting_only(counting_only_);
       work();
     }
-    step.graph.run(stream_);
   }
 
   // ---- operations, as Cpu has them ----
@@ -205,6 +213,7 @@ class Gpu {
     launch(kernel::rope, blocks(n * width / 16, 256), 256, 0, q, cos, sin, int(n), int(n_heads), int(head_dim));
   }
 
+  // k, v [n, g e] are scratch memory, v after k, as wv lies after wk.
   void project_kv(LayerCache<bf16>& cache, bf16* k, bf16* v, const bf16* a, const bf16* wk, const bf16* wv,
                   const float* cos, const float* sin, size_t n, size_t d, size_t n_kv_heads, size_t head_dim) {
     const size_t width = n_kv_heads * head_dim;
@@ -214,8 +223,7 @@ class Gpu {
              kernel::ProjectKV{cache.k, cache.v, cache.capacity, cache.device_begin, uint32_t(cache.used - cache.begin),
                                wk, wv, cos, sin, int(d), int(n_kv_heads), int(head_dim)});
     } else {
-      product(k, a, wk, n, d, width, false);
-      product(v, a, wv, n, d, width, false);
+      product_pair(k, v, a, wk, wv, n, d, width);
       append_rows(cache, k, v, cos, sin, n, n_kv_heads, head_dim);
     }
     cache.used += n;
@@ -239,11 +247,11 @@ class Gpu {
     else attend<128>(o, q, cache, n, seen, n_heads, n_kv_heads);
   }
 
+  // gate [n, f] is the result, up [n, f] scratch memory after it; wu lies after wg.
   void mlp_gate_up(bf16* gate, bf16* up, const bf16* a, const bf16* wg, const bf16* wu, size_t n, size_t d, size_t f) {
     counters.product(n, d, 2 * f);
     if (n == 1) return matvec(f, a, d, kernel::GateUp{gate, wg, wu, int(d), int(f)});
-    product(gate, a, wg, n, d, f, false);
-    product(up, a, wu, n, d, f, false);
+    product_pair(gate, up, a, wg, wu, n, d, f);
     launch(kernel::swiglu, blocks(n * f / 8, 256), 256, 0, gate, up, n * f);
   }
 
@@ -277,6 +285,10 @@ class Gpu {
   template <class T>
   void product(T* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, bool add) {
     if (!counting_only_) blas_.gemm(y, x, w, n, in, out, add ? 1.0f : 0.0f);
+  }
+  void product_pair(bf16* y0, bf16* y1, const bf16* x, const bf16* w0, const bf16* w1, size_t n, size_t in,
+                    size_t out) {
+    if (!counting_only_) blas_.gemm_pair(y0, y1, x, w0, w1, n, in, out);
   }
 
   template <class Rows>
@@ -315,17 +327,38 @@ class Gpu {
     }
   }
 
+  // Pinned memory of the host that grows to what is needed.
+  class HostBuffer {
+   public:
+    HostBuffer() = default;
+    HostBuffer(const HostBuffer&) = delete;
+    HostBuffer& operator=(const HostBuffer&) = delete;
+    ~HostBuffer() { host_free(data_); }
+    void* need(size_t bytes) {
+      if (bytes > size_) {
+        host_free(std::exchange(data_, nullptr));
+        data_ = host_allocate(size_ = bytes);
+      }
+      return data_;
+    }
+
+   private:
+    void* data_ = nullptr;
+    size_t size_ = 0;
+  };
+
   static inline uint64_t allocated_bytes_ = 0, peak_bytes_ = 0;  // bytes
 
   Device device_;
-  Stream stream_;
+  HostBuffer uploaded_, downloaded_;
+  bool upload_waits_ = false;  // a copy from uploaded_ may not have run yet
+  Stream stream_;              // its destructor waits for such a copy
   Blas blas_;
   Buffer<bf16> memory_;                 // all weights
   Weights weights_;                     // where in it
   uint64_t loaded_ = 0;                 // whose: Model::id
   Buffer<float> partials_;              // [max_decode_rows, heads, slices, head_dim + 2], of attention
   Buffer<kernel::Best> best_partials_;  // [arg_max_blocks]
-  std::vector<float> host_;
   bool use_hopper_ = false;
   bool counting_only_ = false;
 };

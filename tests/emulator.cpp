@@ -956,6 +956,14 @@ void device_free(void* p) noexcept {
   std::free(static_cast<unsigned char*>(p) - allocation_zone);
 }
 
+void* host_allocate(size_t bytes, Where where) {
+  forbid_recording("host_allocate", where);
+  void* p = std::malloc(std::max<size_t>(bytes, 1));
+  std::memset(p, canary, bytes);
+  return p;
+}
+void host_free(void* p) noexcept { std::free(p); }
+
 Stream::~Stream() noexcept(false) {
   if (std::uncaught_exceptions() == 0) queue_->drain();
 }
@@ -1027,6 +1035,16 @@ void Blas::gemm(bf16* y, const bf16* x, const bf16* w, size_t n, size_t in, size
                              product(wide.data(), x, w, n, in, out, beta);
                              for (size_t i = 0; i < wide.size(); ++i) y[i] = round_bf16(wide[i]);
                            }});
+}
+
+void Blas::gemm_pair(bf16* y0, bf16* y1, const bf16* x, const bf16* w0, const bf16* w1, size_t n, size_t in, size_t out,
+                     Where where) {
+  const ptrdiff_t w_step = w1 - w0, y_step = y1 - y0;
+  if (w_step < 0 || w_step % 8 || y_step < ptrdiff_t(n * out) || y_step % 8)
+    throw Error(1, "gemm_pair (" + place(where) + ")",
+                "the second of a pair does not lie after the first, aligned to 16", "mend the call");
+  gemm(y0, x, w0, n, in, out, 0, where);
+  gemm(y1, x, w1, n, in, out, 0, where);
 }
 
 }  // namespace speed

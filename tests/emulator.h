@@ -296,6 +296,8 @@ Device open_device(Where where = Where::current());
 
 void* device_allocate(size_t bytes, Where where = Where::current());
 void device_free(void* p) noexcept;
+void* host_allocate(size_t bytes, Where where = Where::current());
+void host_free(void* p) noexcept;
 
 class Stream {
  public:
@@ -372,6 +374,8 @@ class Blas {
             Where where = Where::current());
   void gemm(bf16* y, const bf16* x, const bf16* w, size_t n, size_t in, size_t out, float beta,
             Where where = Where::current());
+  void gemm_pair(bf16* y0, bf16* y1, const bf16* x, const bf16* w0, const bf16* w1, size_t n, size_t in, size_t out,
+                 Where where = Where::current());
   static constexpr size_t workspace_bytes = 0;
 
  private:

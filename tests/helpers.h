@@ -114,7 +114,7 @@ struct EngineTest {
       engine.b_.upload(p, std::vector<T>(n, v).data(), n);
     };
     auto fill = [&](auto&... buffers) { (put(buffers.get(), buffers.size), ...); };
-    fill(engine.x_, engine.a_, engine.q_, engine.o_, engine.k_, engine.v_, engine.gate_, engine.up_);
+    fill(engine.x_, engine.a_, engine.q_, engine.o_, engine.kv_, engine.gate_up_);
     const Shape& s = engine.s_;
     for (auto& c : engine.caches_)
       for (size_t h = 0; h < size_t(c.k ? s.n_kv_heads : 0); ++h) {

@@ -249,6 +249,29 @@ TEST_CASE("matrix-vector products", "[gpu]") {
       });
 }
 
+TEST_CASE("two products in one", "[gpu]") {
+  Random random(fresh(17));
+  Stream s;
+  Blas blas(s);
+  const size_t n = 20, in = 72, out = 40, apart = 24;  // of the two matrices, and of the two results
+  const auto x = narrow(random.normal(n * in));
+  auto w = random.weights(2 * out * in + apart, 1);
+  OnDevice<bf16> dx(s, x), dw(s, w), y(s, 2 * n * out + apart);
+  const size_t w1 = out * in + apart, y1 = n * out + apart;
+  blas.gemm_pair(y.get(), y.get() + y1, dx.get(), dw.get(), dw.get() + w1, n, in, out);
+  const auto got = y.read(), fill = first(std::vector(got.begin() + n * out, got.end()), apart);
+  CHECK(unwritten(fill, 0));
+  for (size_t i : {0, 1}) {
+    const bf16* matrix = w.data() + i * w1;
+    std::vector<float> ref(n * out), slack(n * out);
+    reference::matmul(ref.data(), wide(x).data(), matrix, n, in, out, false);
+    const auto absolute = narrow(magnitudes(wide({matrix, matrix + out * in})));
+    reference::matmul(slack.data(), magnitudes(wide(x)).data(), absolute.data(), n, in, out, false);
+    const std::vector<bf16> result(got.begin() + i * y1, got.begin() + i * y1 + n * out);
+    CHECK(error(wide(result), ref, [&](size_t j) { return u * std::abs(ref[j]) + double(in) * e * slack[j]; }) < 1);
+  }
+}
+
 TEST_CASE("a single row's queries, keys, values and gate", "[gpu]") {
   Random random(fresh(6));
   Stream s;
