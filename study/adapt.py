@@ -1,0 +1,556 @@
+#!/usr/bin/env python3
+"""study/adapt.py MODEL OUT --data FILE... --k SET... --minutes M --work FOLDER: adapts a chat model to a policy.
+
+MODEL is a Hugging Face folder of a Llama, or the exporter's file. OUT becomes a PEFT folder (with --full: a Hugging
+Face folder) that export_weights.py takes, with what it was adapted to, the log and the command. Run it with
+hf/run.sh python study/adapt.py. --work FOLDER keeps the state: the same command goes on where it was cut off.
+
+SPEED: every part of a step draws its own K. A SET is 20, or 15-30, or 15-22:2,23-30 (the first twice as likely);
+several SETs are stages, each with its share of the run: 20-24@0.3 15-20@0.7. --k 30 on 30 layers is the control.
+Loss: on look-ups the cross entropy of the right answers; on chats the KL divergence from the stock model's
+distribution; on a share of the chats that at full depth, so that full depth stays what it was.
+
+The data are trees (adapt_trees.py). --prepare FILE.npz tokenizes them and ends; --data takes the result too.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shlex
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "hf" / "src")]
+from adapt_forward import KINDS, Forward, Full, Lora, Masks, head, joined, over_rows, stacked  # noqa: E402
+from adapt_trees import Stream, Trees, cut  # noqa: E402
+from common import fail, file_digest  # noqa: E402
+from speed_llama import SpeedLlamaForCausalLM  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+WARM_UP = 0.03  # share of the run in which the learning rate rises
+PROBES = 15, 18, 20, 22, 24  # depths of 30 at which held-out trees are measured, beside full depth
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def parse_stages(texts, layers):
+    """[(share of the run, [K], [weight])] of --k."""
+    stages = []
+    for text in texts:
+        try:
+            numbers, _, share = text.partition("@")
+            ks, weights = [], []
+            for part in numbers.split(","):
+                spread, _, weight = part.partition(":")
+                first, _, last = spread.partition("-")
+                found = range(int(first), int(last or first) + 1)
+                ks += found
+                weights += [float(weight or 1)] * len(found)
+            share = float(share or 1)
+        except ValueError:
+            fail(f"--k {text}: no set of layers; write for example 20, 15-30, 15-22:2,23-30 or 20-24@0.3")
+        if not ks or min(ks) < 1 or max(ks) > layers or min(weights) <= 0 or share <= 0:
+            fail(f"--k {text}: expected layers from 1 to {layers}, weights and shares above 0")
+        stages.append((share, ks, weights))
+    whole = sum(share for share, *_ in stages)
+    return [(share / whole, *rest) for share, *rest in stages]
+
+
+def draw_k(stages, done, rng):
+    """A K of the stage at `done`, the share of the run that is over."""
+    for share, ks, weights in stages:
+        done -= share
+        if done < 0:
+            break
+    return rng.choices(ks, weights)[0]
+
+
+def rate(done):
+    """The learning rate's factor at `done`."""
+    return min(1, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1, done))) if done < WARM_UP else \
+        0.5 * (1 + math.cos(math.pi * min(1, (done - WARM_UP) / (1 - WARM_UP))))  # fmt: skip
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def kl(teacher, logits):
+    """Sum over rows of KL(teacher || student), from logits."""
+    p = F.log_softmax(teacher, -1)
+    return F.kl_div(F.log_softmax(logits, -1), p, reduction="sum", log_target=True)
+
+
+class Losses:
+    """The losses of parts of a step, each with its gradient added to the leaves."""
+
+    def __init__(self, net, stock, options):
+        self.net, self.stock, self.o = net, stock, options
+        self.sums = defaultdict(list)
+
+    def note(self, name, value, rows):
+        self.sums[name].append((value, rows))
+
+    def add(self, leaves, batch, k, is_chat, weight):
+        """One batch at K, weighted."""
+        o, net, n = self.o, self.net, len(batch.target)
+        masks = Masks(batch, net.dtype)
+        full = net.speed(net.layers)
+        teacher = None
+        if is_chat or (o.self_weight and k < net.layers):
+            teacher_weights = self.stock if is_chat or o.self_teacher == "stock" else leaves
+            with torch.no_grad():
+                teacher = net.answers(teacher_weights, batch, masks, full)
+        before, rows = net.answers(leaves, batch, masks, net.speed(k))
+        output = head(leaves)
+        scale = weight / n
+
+        def answers(a, z, logits):
+            value = logits.new_zeros(())
+            if not is_chat:
+                value = F.cross_entropy(logits, batch.target[a:z], reduction="sum")
+                self.note(f"look-ups {k}", value.detach(), z - a)
+            if teacher is not None:
+                with torch.no_grad():
+                    expected = F.linear(teacher[1][a:z], head(teacher_weights)).float()
+                distance = kl(expected, logits)
+                self.note(f"{'chats' if is_chat else 'self'} {k}", distance.detach(), z - a)
+                value = value + distance * (1 if is_chat else o.self_weight)
+            return value * scale
+
+        _, gradient = over_rows(rows, output, o.chunk, answers)
+        roots, gradients = [rows], [gradient]
+        if teacher is not None and o.hidden_weight and k < net.layers:
+            other = teacher[0].float()
+            distance = ((before.float() - other) ** 2).sum(-1) / (other**2).sum(-1)
+            roots.append(distance.sum() * (o.hidden_weight * scale))
+            gradients.append(None)
+            self.note(f"hidden {k}", distance.sum().detach(), n)
+        torch.autograd.backward(roots, gradients)
+
+    def take(self):
+        """{name: mean over rows} since the last call; reads them off the device at once."""
+        names = list(self.sums)
+        if not names:
+            return {}
+        sums = torch.stack([torch.stack([v for v, _ in self.sums[name]]).sum() for name in names]).tolist()
+        rows = [sum(n for _, n in self.sums[name]) for name in names]
+        self.sums.clear()
+        return {name: s / n for name, s, n in zip(names, sums, rows, strict=True)}
+
+
+@torch.no_grad()
+def measure(net, w, stock, trees, chats, lookups, ks, chunk):
+    """{K: measures} on held-out trees. found: the share in % of questions of which every answer token is the most
+    likely one, so that greedy decoding finds it. kl, same: on chats, KL from the stock model's full depth, and how many
+    % of the rows have its most likely token."""
+    table = {k: {} for k in ks}
+    sums = {k: torch.zeros(5, device=net.device, dtype=torch.float64) for k in ks}
+    for chosen, is_chat in ((chats, True), (lookups, False)):
+        order = chosen[trees.length[chosen].argsort(kind="stable")]
+        for part in cut(order, trees.length, 4096 if net.device.type == "cpu" else 32768):
+            batch = trees.batch(part).to(net.device)
+            masks = Masks(batch, net.dtype)
+            teacher = net.answers(stock, batch, masks, net.speed(net.layers))[1] if is_chat else None
+            questions = int(batch.branch[-1]) + 1 if net.device.type == "cpu" else int(batch.branch.max()) + 1
+            for k in ks:
+                rows = net.answers(w, batch, masks, net.speed(k))[1]
+                right = torch.ones(questions, device=net.device)
+                for a in range(0, len(rows), chunk):
+                    logits = F.linear(rows[a : a + chunk], head(w)).float()
+                    if is_chat:
+                        expected = F.linear(teacher[a : a + chunk], head(stock)).float()
+                        same = (logits.argmax(-1) == expected.argmax(-1)).sum()
+                        sums[k] += torch.stack([kl(expected, logits), same, same * 0 + len(logits), same * 0, same * 0])
+                    else:
+                        hit = (logits.argmax(-1) == batch.target[a : a + chunk]).float()
+                        right.scatter_reduce_(0, batch.branch[a : a + chunk], hit, "amin")
+                if not is_chat:
+                    zero = right.sum() * 0
+                    sums[k] += torch.stack([zero, zero, zero, right.sum(), zero + questions])
+    for k in ks:
+        distance, same, rows, found, questions = sums[k].tolist()
+        if rows:
+            table[k].update(kl=round(distance / rows, 4), same=round(100 * same / rows, 2))
+        if questions:
+            table[k].update(found=round(100 * found / questions, 2))
+    return table
+
+
+# ---- state and output ------------------------------------------------------------------------------------------------
+
+
+def write_whole(path, write):
+    """Writes a file so that a run cut at any moment leaves the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path, value):
+    write_whole(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def adapted_to(stages, layers):
+    """The key speed_adapted: every K that was drawn. Full depth is no policy."""
+    drawn = sorted({k for _, ks, _ in stages for k in ks} - {layers})
+    return [{"policy": "speed", "k": k, "bos": True} for k in drawn]
+
+
+def write_adapter(out, learner, adapted, model):
+    """The PEFT folder, LoRA weights in bf16."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for kind, name in KINDS.items():
+        for part, letter in (("a", "A"), ("b", "B")):
+            stack = learner.parameters[f"{kind}_{part}"].detach().to("cpu", torch.bfloat16)
+            for i, x in enumerate(stack):
+                tensors[f"base_model.model.model.layers.{i}.{name}.lora_{letter}.weight"] = x.contiguous().clone()
+    write_whole(out / "adapter_model.safetensors", lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": Path(model).name,
+        "r": learner.rank,
+        "lora_alpha": learner.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(name.split(".")[1] for name in KINDS.values()),
+    }
+    if adapted:
+        config["speed_adapted"] = adapted
+    write_json(out / "adapter_config.json", config)
+
+
+def write_full(out, learner, adapted, model, tokenizer):
+    """The Hugging Face folder, weights in bf16."""
+    p = {name: x.detach().cpu() for name, x in learner.parameters.items()}
+    for i, layer in enumerate(model.model.layers):
+        for kind in (*KINDS, "norm1", "norm2"):
+            name = {**KINDS, "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}[kind]
+            layer.get_parameter(name + ".weight").data.copy_(p[kind][i])
+    model.model.norm.weight.data.copy_(p["norm"])
+    model.model.embed_tokens.weight.data.copy_(p["embed"])
+    if "head" in p:
+        model.lm_head.weight.data.copy_(p["head"])
+    if adapted:
+        model.config.speed_adapted = adapted
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model.float()
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Ahead:
+    """Makes the batches of the steps to come on a thread, in order, and sends them to the device."""
+
+    def __init__(self, make, first, depth=4):
+        self.make, self.pool = make, ThreadPoolExecutor(1)
+        self.coming = [self.pool.submit(make, first + i) for i in range(depth)]
+        self.next = first + depth
+
+    def take(self):
+        self.coming.append(self.pool.submit(self.make, self.next))
+        self.next += 1
+        return self.coming.pop(0).result()
+
+    def close(self):
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Run:
+    """The state of a run, and its loop."""
+
+    def __init__(self, o):
+        self.o = o
+        self.device = torch.device(o.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(o.threads)
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.dtype]
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        self.model = SpeedLlamaForCausalLM.from_pretrained(o.model, dtype=torch.float32).eval()
+        self.net = Forward(self.model, self.device, self.dtype)
+        self.stages = parse_stages(o.k, self.net.layers)
+        base = stacked(self.model, self.dtype, self.device)
+        self.learner = Full(base) if o.full else Lora(base, o.rank, o.alpha or o.rank, o.seed)
+        self.stock = joined(base)
+        self.parameters = list(self.learner.parameters.values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=(0.9, 0.98), weight_decay=0,
+                                           fused=self.device.type == "cuda")  # fmt: skip
+        self.losses = Losses(self.net, self.stock, o)
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.folder = Path(o.work)
+        self.trees = read_trees(o)
+        chats, lookups, held_chats, held_lookups = self.trees.split()
+        self.held = held_chats[: o.held_out], held_lookups[: o.held_out]
+        share = o.chat_share if len(chats) and len(lookups) else float(len(lookups) == 0)
+        self.streams = []  # (stream, is chat, weight, parts a step)
+        for chosen, is_chat, part in ((lookups, False, 1 - share), (chats, True, share)):
+            if part > 0 and len(chosen):
+                size = max(int(o.step_tokens * part / o.parts), 1)
+                self.streams.append((Stream(self.trees, chosen, size, o.seed * 2 + is_chat), is_chat,
+                                     o.chat_weight if is_chat else 1.0))  # fmt: skip
+        self.ks = sorted({round(k * self.net.layers / 30) for k in PROBES} | {self.net.layers})
+        self.terminal = sys.stderr.isatty()
+
+    def make(self, step):
+        """What step number `step` computes: [(batch, is chat, weight, number for K's draw)]."""
+        parts = []
+        for i in range(self.o.parts):
+            for stream, is_chat, weight in self.streams:
+                batch = stream[step * self.o.parts + i].to(self.device)
+                parts.append((batch, is_chat, weight / self.o.parts))
+        return parts
+
+    def done(self):
+        """The share of the run that is over."""
+        o = self.o
+        return self.seconds / (60 * o.minutes) if o.minutes else self.tokens / o.tokens
+
+    def train_step(self, parts):
+        o, done = self.o, self.done()
+        rng = random.Random(f"{o.seed} {self.step}")
+        w = self.learner.weights()
+        leaves = {name: x.detach().requires_grad_(x.requires_grad) for name, x in w.items()}
+        for batch, is_chat, weight in parts:
+            k = draw_k(self.stages, done, rng)
+            if is_chat and rng.random() < o.drift:
+                k, weight = self.net.layers, weight * o.drift_weight
+            self.losses.add(leaves, batch, k, is_chat, weight)
+            self.tokens += batch.tokens
+        wanted = [name for name, x in leaves.items() if x.grad is not None]
+        torch.autograd.backward([w[name] for name in wanted], [leaves[name].grad for name in wanted])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.clip, foreach=True)
+        self.losses.note("gradient", norm, 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = o.lr * rate(done)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def save(self):
+        state = {
+            "parameters": self.learner.parameters,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "asked": asked(self.o),
+        }
+        write_whole(self.folder / "state.pt", lambda p: torch.save(state, p))
+
+    def resume(self):
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["asked"] != asked(self.o):
+            changed = [key for key, value in asked(self.o).items() if state["asked"].get(key) != value]
+            fail(f"{path}: was begun with another {', '.join(changed)}; give the same, or another --work folder")
+        with torch.no_grad():
+            for name, p in self.learner.parameters.items():
+                p.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        # What was logged after this state was saved comes again.
+        log = self.folder / "log.jsonl"
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        write_whole(log, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+
+    def log(self, **what):
+        line = json.dumps({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 1), **what})
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(line + "\n")
+
+    def show(self, text, end="\n"):
+        if self.terminal:
+            sys.stderr.write("\r\033[K" + text + end)
+            sys.stderr.flush()
+
+    def evaluate(self):
+        w = {name: x.detach() for name, x in self.learner.weights().items()}
+        table = measure(self.net, w, self.stock, self.trees, *self.held, self.ks, self.o.chunk)
+        self.log(held_out={str(k): row for k, row in table.items()})
+        self.show("  ".join(f"K={k} {row}" for k, row in table.items()))
+
+    def output(self):
+        """OUT: the adapter so far, the log, the command."""
+        out, adapted = Path(self.o.out), adapted_to(self.stages, self.net.layers)
+        out.mkdir(parents=True, exist_ok=True)
+        if self.o.full:
+            write_full(out, self.learner, adapted, self.model, read_tokenizer(self.o.model))
+        else:
+            write_adapter(out, self.learner, adapted, self.o.model)
+        write_whole(out / "log.jsonl", lambda p: p.write_bytes((self.folder / "log.jsonl").read_bytes()))
+        write_whole(out / "command.txt", lambda p: p.write_text(shlex.join(["study/adapt.py", *sys.argv[1:]]) + "\n"))
+
+    def loop(self):
+        o = self.o
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "log.jsonl").touch()
+        self.resume()
+        if self.step == 0:
+            about = {"torch": torch.__version__, "device": name_of(self.device), "dtype": o.dtype, **asked(o)}
+            self.log(about=about, trees=len(self.trees), held_out_trees=[len(x) for x in self.held])
+            if o.evaluate_minutes:
+                self.evaluate()
+        ahead = Ahead(self.make, self.step)
+        last = saved = measured = logged = time.monotonic()
+        logged_tokens, events = self.tokens, []
+        while self.done() < 1 and (not o.stop_at or self.step < o.stop_at):
+            self.train_step(ahead.take())
+            if self.device.type == "cuda":  # the processor may run two steps ahead, so that the clock means something
+                events.append(torch.cuda.Event())
+                events[-1].record()
+                if len(events) > 2:
+                    events.pop(0).synchronize()
+            now = time.monotonic()
+            self.seconds += now - last
+            last = now
+            if now - logged >= o.log_seconds or self.done() >= 1:
+                losses = self.losses.take()
+                speed = (self.tokens - logged_tokens) / (time.monotonic() - logged)
+                self.log(tokens_per_second=round(speed, 1), done=round(self.done(), 4),
+                         losses={name: round(value, 4) for name, value in losses.items()})  # fmt: skip
+                if not all(math.isfinite(x) for x in losses.values()):
+                    fail(f"step {self.step}: a loss is not finite; lower --lr. {self.folder} holds the last good state")
+                short = " ".join(f"{name} {value:.3f}" for name, value in sorted(losses.items())[:6])
+                self.show(f"{100 * self.done():.1f} %  step {self.step}  {speed:.0f} tokens/s  {short}", end="")
+                logged, logged_tokens = time.monotonic(), self.tokens
+            if o.checkpoint_minutes and now - saved >= 60 * o.checkpoint_minutes:
+                self.save()
+                self.output()
+                saved = time.monotonic()
+            if o.evaluate_minutes and now - measured >= 60 * o.evaluate_minutes:
+                self.evaluate()
+                measured = time.monotonic()
+        ahead.close()
+        self.save()
+        if o.evaluate_minutes and self.done() >= 1:
+            self.evaluate()
+        self.output()
+
+
+def name_of(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def asked(o):
+    """The options that make a run what it is. Those about time and place may change when it goes on."""
+    free = ("out", "work", "stop_at", "checkpoint_minutes", "log_seconds", "evaluate_minutes", "threads", "workers",
+            "device", "prepare", "data", "model")  # fmt: skip
+    about = {key: value for key, value in vars(o).items() if key not in free}
+    return {**about, "model": file_name(o.model), "data": [file_name(path) for path in o.data]}
+
+
+def file_name(path):
+    """A name with a digest, so that another file under the same name is noticed."""
+    path = Path(path)
+    return path.name if path.is_dir() else f"{path.name} {file_digest(path)[:16]}"
+
+
+def read_tokenizer(model):
+    if Path(model).is_file():
+        from speed_llama import read_tokenizer as read_exported_tokenizer
+
+        return read_exported_tokenizer(model)
+    return AutoTokenizer.from_pretrained(model)
+
+
+def read_trees(o):
+    """The Trees of --data."""
+    prepared = [path for path in o.data if str(path).endswith(".npz")]
+    if prepared and len(o.data) > 1:
+        fail(f"{prepared[0]}: give one prepared file, or files of JSON lines")
+    if prepared:
+        return Trees.load(prepared[0])
+    trees, long = Trees.tokenize(o.data, o.model, read_tokenizer, o.longest, o.workers)
+    if long:
+        print(f"adapt.py: {long} trees are longer than {o.longest} tokens and left out", file=sys.stderr)
+    return trees
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("out", metavar="OUT", nargs="?", help="the folder to write")
+    p.add_argument("--data", nargs="+", required=True, metavar="FILE", help="trees: JSON lines, or one .npz")
+    p.add_argument("--prepare", metavar="FILE.npz", help="only tokenize the data, into this file")
+    p.add_argument("--k", nargs="+", default=["15-22:2,23-30"], metavar="SET", help="layers of a prompt token")
+    p.add_argument("--minutes", type=float, help="length of the run")
+    p.add_argument("--tokens", type=float, help="or: length in tokens")
+    p.add_argument("--work", metavar="FOLDER", help="where the run's state is kept")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--full", action="store_true", help="train all parameters instead of LoRA")
+    p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--alpha", type=float, help="of LoRA; by default its rank")
+    p.add_argument("--lr", type=float, default=1.2e-3)
+    p.add_argument("--clip", type=float, default=1.0, help="of the gradient's norm")
+    p.add_argument("--step-tokens", type=int, help="tokens a step (32768 on a GPU, 2048 on a CPU)")
+    p.add_argument("--parts", type=int, default=2, help="batches of each kind a step, each with its own K")
+    p.add_argument("--chat-share", type=float, default=0.4, help="of tokens")
+    p.add_argument("--chat-weight", type=float, default=1.0)
+    p.add_argument("--drift", type=float, default=0.3, help="share of chats at full depth")
+    p.add_argument("--drift-weight", type=float, default=2.0)
+    p.add_argument("--self-weight", type=float, default=0.0, help="of KL from full depth on look-ups")
+    p.add_argument("--self-teacher", choices=("stock", "adapted"), default="adapted", help="whose full depth that is")
+    p.add_argument("--hidden-weight", type=float, default=0.0, help="of the distance from full depth's last hidden states")
+    p.add_argument("--longest", type=int, default=1024, help="tokens of a tree")
+    p.add_argument("--held-out", type=int, default=128, help="trees of each kind for measures, at most")
+    p.add_argument("--chunk", type=int, help="rows of logits at a time")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), help="of the computation (bf16 on a GPU, fp32 on a CPU)")
+    p.add_argument("--threads", type=int, default=1, help="of a CPU run")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenize")
+    p.add_argument("--checkpoint-minutes", type=float, default=10.0)
+    p.add_argument("--evaluate-minutes", type=float, default=10.0, help="between measures of held-out trees; 0: none")
+    p.add_argument("--log-seconds", type=float, default=10.0)
+    p.add_argument("--stop-at", type=int, help="stop after this step, as if cut off")
+    o = p.parse_args()
+    gpu = o.device.startswith("cuda")
+    o.step_tokens = o.step_tokens or (32768 if gpu else 2048)
+    o.chunk = o.chunk or (4096 if gpu else 256)
+    o.dtype = o.dtype or ("bf16" if gpu else "fp32")
+    if not o.prepare and (o.out is None or o.work is None or (o.minutes is None) == (o.tokens is None)):
+        p.error("give OUT, --work, and either --minutes or --tokens")
+    for path in (o.model, *o.data):
+        if not Path(path).exists():
+            fail(f"{path}: no such file")
+    return o
+
+
+def main():
+    o = options()
+    if o.prepare:
+        trees = read_trees(o)
+        trees.save(o.prepare)
+        lengths, rows = int(trees.length.sum()), int((trees.arrays["target"] >= 0).sum())
+        print(f"{o.prepare}: {len(trees)} trees, {lengths} tokens, {rows} of them answers', "
+              f"{int(trees.arrays['is_chat'].sum())} chats")  # fmt: skip
+        return
+    Run(o).loop()
+
+
+if __name__ == "__main__":
+    main()
