@@ -25,7 +25,9 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batches differ in shape
+
+import torch  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "hf" / "src")]
 from adapt_forward import KINDS, Forward, Full, Lora, Masks, head, joined, over_rows, stacked  # noqa: E402
@@ -236,6 +238,21 @@ def write_adapter(out, learner, adapted, model):
     write_json(out / "adapter_config.json", config)
 
 
+def read_adapter(folder, learner):
+    """Sets the LoRA weights to those of a folder that write_adapter made, for the same base and rank."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file, torch.no_grad():
+        for kind, name in KINDS.items():
+            for part, letter in (("a", "A"), ("b", "B")):
+                p = learner.parameters[f"{kind}_{part}"]
+                names = [f"base_model.model.model.layers.{i}.{name}.lora_{letter}.weight" for i in range(len(p))]
+                x = torch.stack([file.get_tensor(each) for each in names])
+                if x.shape != p.shape:
+                    fail(f"{folder}: {kind} has the shape {list(x.shape)}, expected {list(p.shape)}; give its own --rank")
+                p.copy_(x)
+
+
 def write_full(out, learner, adapted, model, tokenizer):
     """The Hugging Face folder, weights in bf16."""
     p = {name: x.detach().cpu() for name, x in learner.parameters.items()}
@@ -279,6 +296,7 @@ class Run:
 
     def __init__(self, o):
         self.o = o
+        self.trees = read_trees(o)  # first: it forks, which a process should not once it has used a GPU
         self.device = torch.device(o.device)
         if self.device.type == "cpu":
             torch.set_num_threads(o.threads)
@@ -292,6 +310,8 @@ class Run:
         self.stages = parse_stages(o.k, self.net.layers)
         base = stacked(self.model, self.dtype, self.device)
         self.learner = Full(base) if o.full else Lora(base, o.rank, o.alpha or o.rank, o.seed)
+        if o.start:
+            read_adapter(Path(o.start), self.learner)
         self.stock = joined(base)
         self.parameters = list(self.learner.parameters.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=(0.9, 0.98), weight_decay=0,
@@ -300,7 +320,6 @@ class Run:
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.folder = Path(o.work)
-        self.trees = read_trees(o)
         chats, lookups, held_chats, held_lookups = self.trees.split()
         self.held = held_chats[: o.held_out], held_lookups[: o.held_out]
         share = o.chat_share if len(chats) and len(lookups) else float(len(lookups) == 0)
@@ -459,9 +478,10 @@ def name_of(device):
 def asked(o):
     """The options that make a run what it is. Those about time and place may change when it goes on."""
     free = ("out", "work", "stop_at", "checkpoint_minutes", "log_seconds", "evaluate_minutes", "threads", "workers",
-            "device", "prepare", "data", "model")  # fmt: skip
+            "device", "prepare", "data", "model", "start")  # fmt: skip
     about = {key: value for key, value in vars(o).items() if key not in free}
-    return {**about, "model": file_name(o.model), "data": [file_name(path) for path in o.data]}
+    start = o.start and file_name(Path(o.start) / "adapter_model.safetensors")
+    return {**about, "model": file_name(o.model), "data": [file_name(path) for path in o.data], "start": start}
 
 
 def file_name(path):
@@ -502,6 +522,7 @@ def options():
     p.add_argument("--tokens", type=float, help="or: length in tokens")
     p.add_argument("--work", metavar="FOLDER", help="where the run's state is kept")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--start", metavar="FOLDER", help="begin with the LoRA weights of an earlier OUT")
     p.add_argument("--full", action="store_true", help="train all parameters instead of LoRA")
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--alpha", type=float, help="of LoRA; by default its rank")
@@ -534,7 +555,9 @@ def options():
     o.dtype = o.dtype or ("bf16" if gpu else "fp32")
     if not o.prepare and (o.out is None or o.work is None or (o.minutes is None) == (o.tokens is None)):
         p.error("give OUT, --work, and either --minutes or --tokens")
-    for path in (o.model, *o.data):
+    if o.start and o.full:
+        p.error("--start takes LoRA weights, --full trains none")
+    for path in (o.model, *o.data, *([o.start] if o.start else [])):
         if not Path(path).exists():
             fail(f"{path}: no such file")
     return o

@@ -103,8 +103,7 @@ class Forward:
         weights. schedule: speed_llama's."""
         x = F.embedding(batch.token, w["embed"])
         rope = rope_wide = self.rope(batch.position)
-        rotated = (self.heads + self.kv_heads) * self.size
-        queries = self.heads * self.size
+        queries, kv_size = self.heads * self.size, self.kv_heads * self.size
         made, wide = {}, False
         each = {name: w[name].unbind(0) for name in ("qkv", "o", "gate_up", "down", "norm1", "norm2")}
         for i in range(self.layers):
@@ -124,14 +123,12 @@ class Forward:
                 k, v = made[schedule.reads[i]]
             elif source == "stream":  # the layer in which prompt rows stop: keys and values of all, queries of the rest
                 q = self.rotate(self.heads_of(F.linear(narrow_h, qkv[:queries])), rope)
-                kv = F.linear(h, qkv[queries:])
-                k = self.grouped(self.rotate(self.heads_of(kv[..., : rotated - queries]), rope_wide))
-                v = self.grouped(self.heads_of(kv[..., rotated - queries :]))
+                k, v = F.linear(h, qkv[queries:]).split(kv_size, -1)
+                k, v = self.grouped(self.rotate(self.heads_of(k), rope_wide)), self.grouped(self.heads_of(v))
             else:
-                both = F.linear(h, qkv)
-                qk = self.rotate(self.heads_of(both[..., :rotated]), rope)
-                q, k = qk[:, :, : self.heads], self.grouped(qk[:, :, self.heads :])
-                v = self.grouped(self.heads_of(both[..., rotated:]))
+                qk, v = F.linear(h, qkv).split((queries + kv_size, kv_size), -1)
+                q, k = self.rotate(self.heads_of(qk), rope).split((self.heads, self.kv_heads), 2)
+                k, v = self.grouped(k), self.grouped(self.heads_of(v))
             if "none" in schedule.source:
                 made[i] = k, v
             a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask)
