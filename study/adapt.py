@@ -25,18 +25,17 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batches differ in shape
-
-import torch  # noqa: E402
+import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "hf" / "src")]
-from adapt_forward import KINDS, Forward, Full, Lora, Masks, head, joined, over_rows, stacked  # noqa: E402
-from adapt_trees import Stream, Trees, cut  # noqa: E402
-from common import fail, file_digest  # noqa: E402
-from speed_llama import SpeedLlamaForCausalLM  # noqa: E402
+from speed_llama import SpeedLlamaConfig, SpeedLlamaForCausalLM  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from adapt_forward import KINDS, NORMS, Forward, Full, Lora, Masks, SwiftKV, head, joined, over_rows, stacked  # noqa: E402
+from adapt_trees import Stream, Trees, cut  # noqa: E402
+from common import fail, file_digest  # noqa: E402
 
 WARM_UP = 0.03  # share of the run in which the learning rate rises
 PROBES = 15, 18, 20, 22, 24  # depths of 30 at which held-out trees are measured, beside full depth
@@ -70,17 +69,55 @@ def parse_stages(texts, layers):
 
 def draw_k(stages, done, rng):
     """A K of the stage at `done`, the share of the run that is over."""
-    for share, ks, weights in stages:
-        done -= share
+    for stage in stages:
+        done -= stage[0]
         if done < 0:
             break
-    return rng.choices(ks, weights)[0]
+    return rng.choices(*stage[1:])[0]
+
+
+class Method:
+    """A policy to adapt to. draw(done, rng) -> (what the log calls it, schedule); probes: [(name, schedule)] to measure
+    held-out trees at; adapted: the key speed_adapted."""
+
+    def __init__(self, net, o):
+        self.net, layers = net, net.layers
+        self.full = str(layers), net.speed(layers)
+        if o.method == "speed":
+            self.stages = parse_stages(o.k, layers)
+            drawn = {k for _, ks, _ in self.stages for k in ks} - {layers}
+            self.adapted = [{"policy": "speed", "k": k, "bos": True} for k in sorted(drawn)]
+            probes = sorted({round(k * layers / 30) for k in PROBES} - {layers})
+            self.probes = [(str(k), net.speed(k)) for k in probes] + [self.full]
+        elif o.method == "share":
+            self.adapted = [{"policy": "share", "k": None, "bos": True}]
+            self.probes = [(f"1/{n}", net.share(list(range(0, layers, n)))) for n in (4, 2)] + [self.full]
+        else:
+            k = parse_stages(o.k, layers)[0][1]
+            if len(k) != 1 or k[0] == layers:
+                fail("--method swiftkv trains for one K below the number of layers; give for example --k 15")
+            self.k, self.adapted = k[0], []
+            self.probes = [(f"swiftkv {self.k}", net.swiftkv(self.k, o.group))]
+        self.name = o.method
+
+    def draw(self, done, rng):
+        if self.name == "speed":
+            k = draw_k(self.stages, done, rng)
+            return str(k), self.net.speed(k)
+        if self.name == "swiftkv":
+            return self.probes[0]
+        # R-CLA's random routing (arXiv 2604.22782): how many caches stay is drawn, then which; the first always does.
+        layers = self.net.layers
+        count = rng.randint(-(-layers // 4), layers)
+        kept = [0, *sorted(rng.sample(range(1, layers), count - 1))]
+        return f"{25 * -(-4 * count // layers)} %", self.net.share(kept)
 
 
 def rate(done):
     """The learning rate's factor at `done`."""
-    return min(1, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1, done))) if done < WARM_UP else \
-        0.5 * (1 + math.cos(math.pi * min(1, (done - WARM_UP) / (1 - WARM_UP))))  # fmt: skip
+    if done < WARM_UP:
+        return (done + 1e-3) / (WARM_UP + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * min(1, (done - WARM_UP) / (1 - WARM_UP))))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -95,48 +132,48 @@ def kl(teacher, logits):
 class Losses:
     """The losses of parts of a step, each with its gradient added to the leaves."""
 
-    def __init__(self, net, stock, options):
-        self.net, self.stock, self.o = net, stock, options
+    def __init__(self, net, full, stock, options):
+        self.net, self.full, self.stock, self.o = net, full, stock, options
         self.sums = defaultdict(list)
 
     def note(self, name, value, rows):
         self.sums[name].append((value, rows))
 
-    def add(self, leaves, batch, k, is_chat, weight):
-        """One batch at K, weighted."""
+    def add(self, leaves, batch, name, schedule, is_chat, weight):
+        """One batch under a schedule, weighted."""
         o, net, n = self.o, self.net, len(batch.target)
         masks = Masks(batch, net.dtype)
-        full = net.speed(net.layers)
-        teacher = None
-        if is_chat or (o.self_weight and k < net.layers):
-            teacher_weights = self.stock if is_chat or o.self_teacher == "stock" else leaves
+        is_full = schedule == self.full
+        distil = o.method == "swiftkv"  # from stock alone, on all rows
+        self_weight = 0.0 if is_full else 1.0 if distil else o.self_weight
+        teacher, teaches = None, self.stock if is_chat or distil or o.self_teacher == "stock" else leaves
+        if is_chat or self_weight:
             with torch.no_grad():
-                teacher = net.answers(teacher_weights, batch, masks, full)
-        before, rows = net.answers(leaves, batch, masks, net.speed(k))
-        output = head(leaves)
-        scale = weight / n
+                teacher = net.answers(teaches, batch, masks, self.full)
+        before, rows = net.answers(leaves, batch, masks, schedule)
+        scale, t = weight / n, o.temperature
 
         def answers(a, z, logits):
             value = logits.new_zeros(())
-            if not is_chat:
+            if not is_chat and not distil:
                 value = F.cross_entropy(logits, batch.target[a:z], reduction="sum")
-                self.note(f"look-ups {k}", value.detach(), z - a)
+                self.note(f"look-ups {name}", value.detach(), z - a)
             if teacher is not None:
                 with torch.no_grad():
-                    expected = F.linear(teacher[1][a:z], head(teacher_weights)).float()
-                distance = kl(expected, logits)
-                self.note(f"{'chats' if is_chat else 'self'} {k}", distance.detach(), z - a)
-                value = value + distance * (1 if is_chat else o.self_weight)
+                    expected = F.linear(teacher[1][a:z], head(teaches)).float()
+                distance = kl(expected / t, logits / t) * t**2
+                self.note(f"{'chats' if is_chat else 'self'} {name}", distance.detach(), z - a)
+                value = value + distance * (1 if is_chat else self_weight)
             return value * scale
 
-        _, gradient = over_rows(rows, output, o.chunk, answers)
+        _, gradient = over_rows(rows, head(leaves), o.chunk, answers)
         roots, gradients = [rows], [gradient]
-        if teacher is not None and o.hidden_weight and k < net.layers:
+        if teacher is not None and o.hidden_weight and not is_full:
             other = teacher[0].float()
-            distance = ((before.float() - other) ** 2).sum(-1) / (other**2).sum(-1)
-            roots.append(distance.sum() * (o.hidden_weight * scale))
+            distance = (((before.float() - other) ** 2).sum(-1) / (other**2).sum(-1)).sum()
+            roots.append(distance * (o.hidden_weight * scale))
             gradients.append(None)
-            self.note(f"hidden {k}", distance.sum().detach(), n)
+            self.note(f"hidden {name}", distance.detach(), n)
         torch.autograd.backward(roots, gradients)
 
     def take(self):
@@ -151,21 +188,21 @@ class Losses:
 
 
 @torch.no_grad()
-def measure(net, w, stock, trees, chats, lookups, ks, chunk):
-    """{K: measures} on held-out trees. found: the share in % of questions of which every answer token is the most
-    likely one, so that greedy decoding finds it. kl, same: on chats, KL from the stock model's full depth, and how many
-    % of the rows have its most likely token."""
-    table = {k: {} for k in ks}
-    sums = {k: torch.zeros(5, device=net.device, dtype=torch.float64) for k in ks}
+def measure(net, w, stock, trees, chats, lookups, full, probes, chunk):
+    """{name: measures} on held-out trees, under each of `probes`, (name, schedule). found: the share in %
+    of questions of which every answer token is the most likely one, so that greedy decoding finds it. kl, same: on
+    chats, KL from the stock model's full depth, and how many % of the rows have its most likely token."""
+    table = {name: {} for name, _ in probes}
+    sums = {name: torch.zeros(5, device=net.device, dtype=torch.float64) for name, _ in probes}
     for chosen, is_chat in ((chats, True), (lookups, False)):
         order = chosen[trees.length[chosen].argsort(kind="stable")]
         for part in cut(order, trees.length, 4096 if net.device.type == "cpu" else 32768):
             batch = trees.batch(part).to(net.device)
             masks = Masks(batch, net.dtype)
-            teacher = net.answers(stock, batch, masks, net.speed(net.layers))[1] if is_chat else None
-            questions = int(batch.branch[-1]) + 1 if net.device.type == "cpu" else int(batch.branch.max()) + 1
-            for k in ks:
-                rows = net.answers(w, batch, masks, net.speed(k))[1]
+            teacher = net.answers(stock, batch, masks, full)[1] if is_chat else None
+            questions = int(batch.branch.max()) + 1
+            for k, schedule in probes:
+                rows = net.answers(w, batch, masks, schedule)[1]
                 right = torch.ones(questions, device=net.device)
                 for a in range(0, len(rows), chunk):
                     logits = F.linear(rows[a : a + chunk], head(w)).float()
@@ -179,7 +216,7 @@ def measure(net, w, stock, trees, chats, lookups, ks, chunk):
                 if not is_chat:
                     zero = right.sum() * 0
                     sums[k] += torch.stack([zero, zero, zero, right.sum(), zero + questions])
-    for k in ks:
+    for k in table:
         distance, same, rows, found, questions = sums[k].tolist()
         if rows:
             table[k].update(kl=round(distance / rows, 4), same=round(100 * same / rows, 2))
@@ -202,12 +239,6 @@ def write_whole(path, write):
 
 def write_json(path, value):
     write_whole(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def adapted_to(stages, layers):
-    """The key speed_adapted: every K that was drawn. Full depth is no policy."""
-    drawn = sorted({k for _, ks, _ in stages for k in ks} - {layers})
-    return [{"policy": "speed", "k": k, "bos": True} for k in drawn]
 
 
 def write_adapter(out, learner, adapted, model):
@@ -249,26 +280,49 @@ def read_adapter(folder, learner):
                 names = [f"base_model.model.model.layers.{i}.{name}.lora_{letter}.weight" for i in range(len(p))]
                 x = torch.stack([file.get_tensor(each) for each in names])
                 if x.shape != p.shape:
-                    fail(f"{folder}: {kind} has the shape {list(x.shape)}, expected {list(p.shape)}; give its own --rank")
+                    fail(
+                        f"{folder}: {kind} has the shape {list(x.shape)}, expected {list(p.shape)}; give its own --rank"
+                    )
                 p.copy_(x)
 
 
 def write_full(out, learner, adapted, model, tokenizer):
-    """The Hugging Face folder, weights in bf16."""
+    """The Hugging Face folder of all parameters, weights in bf16."""
     p = {name: x.detach().cpu() for name, x in learner.parameters.items()}
     for i, layer in enumerate(model.model.layers):
-        for kind in (*KINDS, "norm1", "norm2"):
-            name = {**KINDS, "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}[kind]
+        for kind, name in {**KINDS, **NORMS}.items():
             layer.get_parameter(name + ".weight").data.copy_(p[kind][i])
     model.model.norm.weight.data.copy_(p["norm"])
     model.model.embed_tokens.weight.data.copy_(p["embed"])
     if "head" in p:
         model.lm_head.weight.data.copy_(p["head"])
+    save_model(out, model, adapted, tokenizer)
+
+
+def save_model(out, model, adapted, tokenizer):
     if adapted:
         model.config.speed_adapted = adapted
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     model.float()
+
+
+def write_swiftkv(out, learner, model, k, group, tokenizer):
+    """The Hugging Face folder with SwiftKV's projections beside the ordinary ones, weights in bf16."""
+    config = SpeedLlamaConfig.from_dict({**model.config.to_dict(), "num_key_value_layers": k, "policy": "swiftkv",
+                                         "key_value_group_size": group, "swiftkv_layers": k})  # fmt: skip
+    config.has_rope_divisors = model.config.has_rope_divisors
+    whole = SpeedLlamaForCausalLM(config)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    whole.tie_weights()
+    p = {name: x.detach().cpu() for name, x in learner.parameters.items()}
+    whole.model.norm_swiftkv.weight.data.copy_(p["norm_swiftkv"])
+    for i, layer in enumerate(whole.model.layers[k:]):
+        layer.self_attn.q_proj_swiftkv.weight.data.copy_(p["swiftkv_q"][i])
+        if i % group == 0:
+            layer.self_attn.k_proj_swiftkv.weight.data.copy_(p["swiftkv_k"][i // group])
+            layer.self_attn.v_proj_swiftkv.weight.data.copy_(p["swiftkv_v"][i // group])
+    save_model(out, whole, [], tokenizer)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -307,16 +361,19 @@ class Run:
         transformers_logging.set_verbosity_error()
         self.model = SpeedLlamaForCausalLM.from_pretrained(o.model, dtype=torch.float32).eval()
         self.net = Forward(self.model, self.device, self.dtype)
-        self.stages = parse_stages(o.k, self.net.layers)
+        self.method = Method(self.net, o)
         base = stacked(self.model, self.dtype, self.device)
-        self.learner = Full(base) if o.full else Lora(base, o.rank, o.alpha or o.rank, o.seed)
+        if o.method == "swiftkv":
+            self.learner = SwiftKV(base, self.method.k, o.group)
+        else:
+            self.learner = Full(base) if o.full else Lora(base, o.rank, o.alpha or o.rank, o.seed)
         if o.start:
             read_adapter(Path(o.start), self.learner)
         self.stock = joined(base)
         self.parameters = list(self.learner.parameters.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=o.lr, betas=(0.9, 0.98), weight_decay=0,
                                            fused=self.device.type == "cuda")  # fmt: skip
-        self.losses = Losses(self.net, self.stock, o)
+        self.losses = Losses(self.net, self.method.full[1], self.stock, o)
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.folder = Path(o.work)
@@ -329,7 +386,6 @@ class Run:
                 size = max(int(o.step_tokens * part / o.parts), 1)
                 self.streams.append((Stream(self.trees, chosen, size, o.seed * 2 + is_chat), is_chat,
                                      o.chat_weight if is_chat else 1.0))  # fmt: skip
-        self.ks = sorted({round(k * self.net.layers / 30) for k in PROBES} | {self.net.layers})
         self.terminal = sys.stderr.isatty()
 
     def make(self, step):
@@ -352,10 +408,10 @@ class Run:
         w = self.learner.weights()
         leaves = {name: x.detach().requires_grad_(x.requires_grad) for name, x in w.items()}
         for batch, is_chat, weight in parts:
-            k = draw_k(self.stages, done, rng)
-            if is_chat and rng.random() < o.drift:
-                k, weight = self.net.layers, weight * o.drift_weight
-            self.losses.add(leaves, batch, k, is_chat, weight)
+            name, schedule = self.method.draw(done, rng)
+            if is_chat and o.method != "swiftkv" and rng.random() < o.drift:
+                (name, schedule), weight = self.method.full, weight * o.drift_weight
+            self.losses.add(leaves, batch, name, schedule, is_chat, weight)
             self.tokens += batch.tokens
         wanted = [name for name, x in leaves.items() if x.grad is not None]
         torch.autograd.backward([w[name] for name in wanted], [leaves[name].grad for name in wanted])
@@ -409,18 +465,21 @@ class Run:
 
     def evaluate(self):
         w = {name: x.detach() for name, x in self.learner.weights().items()}
-        table = measure(self.net, w, self.stock, self.trees, *self.held, self.ks, self.o.chunk)
-        self.log(held_out={str(k): row for k, row in table.items()})
-        self.show("  ".join(f"K={k} {row}" for k, row in table.items()))
+        table = measure(self.net, w, self.stock, self.trees, *self.held, self.method.full[1],
+                        self.method.probes, self.o.chunk)  # fmt: skip
+        self.log(held_out=table)
+        self.show("  ".join(f"{name}: {row}" for name, row in table.items()))
 
     def output(self):
         """OUT: the adapter so far, the log, the command."""
-        out, adapted = Path(self.o.out), adapted_to(self.stages, self.net.layers)
+        o, out, adapted = self.o, Path(self.o.out), self.method.adapted
         out.mkdir(parents=True, exist_ok=True)
-        if self.o.full:
-            write_full(out, self.learner, adapted, self.model, read_tokenizer(self.o.model))
+        if o.method == "swiftkv":
+            write_swiftkv(out, self.learner, self.model, self.method.k, o.group, read_tokenizer(o.model))
+        elif o.full:
+            write_full(out, self.learner, adapted, self.model, read_tokenizer(o.model))
         else:
-            write_adapter(out, self.learner, adapted, self.o.model)
+            write_adapter(out, self.learner, adapted, o.model)
         write_whole(out / "log.jsonl", lambda p: p.write_bytes((self.folder / "log.jsonl").read_bytes()))
         write_whole(out / "command.txt", lambda p: p.write_text(shlex.join(["study/adapt.py", *sys.argv[1:]]) + "\n"))
 
@@ -517,6 +576,8 @@ def options():
     p.add_argument("out", metavar="OUT", nargs="?", help="the folder to write")
     p.add_argument("--data", nargs="+", required=True, metavar="FILE", help="trees: JSON lines, or one .npz")
     p.add_argument("--prepare", metavar="FILE.npz", help="only tokenize the data, into this file")
+    p.add_argument("--method", choices=("speed", "swiftkv", "share"), default="speed")
+    p.add_argument("--group", type=int, default=1, help="layers that share SwiftKV's keys and values")
     p.add_argument("--k", nargs="+", default=["15-22:2,23-30"], metavar="SET", help="layers of a prompt token")
     p.add_argument("--minutes", type=float, help="length of the run")
     p.add_argument("--tokens", type=float, help="or: length in tokens")
@@ -536,7 +597,10 @@ def options():
     p.add_argument("--drift-weight", type=float, default=2.0)
     p.add_argument("--self-weight", type=float, default=0.0, help="of KL from full depth on look-ups")
     p.add_argument("--self-teacher", choices=("stock", "adapted"), default="adapted", help="whose full depth that is")
-    p.add_argument("--hidden-weight", type=float, default=0.0, help="of the distance from full depth's last hidden states")
+    p.add_argument(
+        "--hidden-weight", type=float, default=0.0, help="of the distance from full depth's last hidden states"
+    )
+    p.add_argument("--temperature", type=float, help="of KL (2 for swiftkv, else 1)")
     p.add_argument("--longest", type=int, default=1024, help="tokens of a tree")
     p.add_argument("--held-out", type=int, default=128, help="trees of each kind for measures, at most")
     p.add_argument("--chunk", type=int, help="rows of logits at a time")
@@ -551,6 +615,7 @@ def options():
     o = p.parse_args()
     gpu = o.device.startswith("cuda")
     o.step_tokens = o.step_tokens or (32768 if gpu else 2048)
+    o.temperature = o.temperature or (2.0 if o.method == "swiftkv" else 1.0)
     o.chunk = o.chunk or (4096 if gpu else 256)
     o.dtype = o.dtype or ("bf16" if gpu else "fp32")
     if not o.prepare and (o.out is None or o.work is None or (o.minutes is None) == (o.tokens is None)):

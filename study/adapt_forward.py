@@ -1,9 +1,10 @@
 """The forward pass that study/adapt.py trains through: speed_llama's, for whole trees, made of few operations.
 
-speed_llama runs any batch and keeps caches; PEFT adds four small operations to every linear layer. At 135 M parameters a
-training step would then be all launches and memory traffic. Here weights of one kind stand in one tensor for all layers, LoRA
-is merged once a step, as the exporter merges it, q, k, v and gate, up are one product each, masks are made once a batch,
-and nothing is read off the device. tests/study/test_adapt.py holds the logits against speed_llama's and the engine's.
+speed_llama runs any batch and keeps caches, and PEFT adds four small operations to every linear layer. At 135 M
+parameters a training step would be all launches and memory traffic. Here the weights of a kind stand in one tensor for
+all layers, LoRA is merged once a step, as the exporter merges it, q, k, v are one product and so are gate and up, masks
+are made once a batch, and nothing is read off the device. hf/tests/test_adapt.py holds the logits against
+speed_llama's and the engine's.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 KINDS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
          "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
+STACKED = "qkv", "o", "gate_up", "down", "norm1", "norm2", "swiftkv_q", "swiftkv_kv"
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
 
@@ -85,7 +87,9 @@ class Forward:
         """Cosines, and sines with the sign that rotate_half gives each half, [B, T, 1, head size]."""
         angle = position[..., None].float() * self.frequency
         cos, sin = (f(angle) * self.scaling for f in (torch.cos, torch.sin))
-        return torch.cat([cos, cos], -1)[:, :, None].to(self.dtype), torch.cat([-sin, sin], -1)[:, :, None].to(self.dtype)
+        return torch.cat([cos, cos], -1)[:, :, None].to(self.dtype), torch.cat([-sin, sin], -1)[:, :, None].to(
+            self.dtype
+        )
 
     def rotate(self, x, rope):
         return torch.addcmul(x * rope[0], x.roll(self.size // 2, -1), rope[1])
@@ -104,21 +108,30 @@ class Forward:
         x = F.embedding(batch.token, w["embed"])
         rope = rope_wide = self.rope(batch.position)
         queries, kv_size = self.heads * self.size, self.kv_heads * self.size
-        made, wide = {}, False
-        each = {name: w[name].unbind(0) for name in ("qkv", "o", "gate_up", "down", "norm1", "norm2")}
+        made, wide, swiftkv = {}, False, None
+        each = {name: w[name].unbind(0) for name in STACKED if name in w}
         for i in range(self.layers):
             h = self.norm(x, each["norm1"][i])
             qkv, source = each["qkv"][i], schedule.source[i]
+            narrow_h = h
+            if i == schedule.narrow_from:  # prompt rows stop: from here on x is narrow
+                if "swiftkv" in schedule.source:
+                    swiftkv, above = self.norm(x, w["norm_swiftkv"]), i
+                x, narrow_h, *rope = (
+                    t.flatten(0, 1).index_select(0, masks.rows).view(*batch.column.shape, *t.shape[2:])
+                    for t in (x, h, *rope)
+                )
+                wide = True
             mask = masks.wide if not wide else masks.short if i >= schedule.short_from else masks.narrow
-            if i == schedule.narrow_from:
-                shape = (*batch.column.shape, -1)
-                keep = [t.flatten(0, 1).index_select(0, masks.rows).view(*shape) for t in (x, h)]
-                x, narrow_h = keep
-                rope = tuple(t.flatten(0, 1).index_select(0, masks.rows).view(*batch.column.shape, 1, -1) for t in rope)
-                mask, wide = masks.narrow, True
-            else:
-                narrow_h = h
-            if source == "none":
+            if swiftkv is not None:
+                q = self.rotate(self.heads_of(F.linear(narrow_h, each["swiftkv_q"][i - above])), rope)
+                if source == "swiftkv":
+                    lead = sum(kind == "swiftkv" for kind in schedule.source[:i])
+                    k, v = F.linear(swiftkv, each["swiftkv_kv"][lead]).split(kv_size, -1)
+                    k, v = self.grouped(self.rotate(self.heads_of(k), rope_wide)), self.grouped(self.heads_of(v))
+                else:
+                    k, v = made[schedule.reads[i]]
+            elif source == "none":
                 q = self.rotate(self.heads_of(F.linear(narrow_h, qkv[:queries])), rope)
                 k, v = made[schedule.reads[i]]
             elif source == "stream":  # the layer in which prompt rows stop: keys and values of all, queries of the rest
@@ -145,6 +158,12 @@ class Forward:
     def speed(self, k):
         """The schedule of SPEED at K; full depth is K = layers."""
         return make_schedule("speed", self.layers, k)
+
+    def swiftkv(self, k, group):
+        return make_schedule("swiftkv", self.layers, k, swiftkv_k=k, group=group)
+
+    def share(self, kept):
+        return make_schedule("share", self.layers, kept=kept)
 
 
 def head(w):
@@ -177,7 +196,9 @@ class Lora:
             bound = width**-0.5  # kaiming_uniform with a = sqrt(5)
             a = (torch.rand(layers, rank, width, generator=generator) * 2 - 1) * bound
             self.parameters[kind + "_a"] = a.to(base[kind].device).requires_grad_()
-            self.parameters[kind + "_b"] = torch.zeros(layers, out, rank, device=a.device).to(base[kind].device).requires_grad_()
+            self.parameters[kind + "_b"] = (
+                torch.zeros(layers, out, rank, device=a.device).to(base[kind].device).requires_grad_()
+            )
 
     def weights(self):
         """The merged weights, in the base's dtype: under bf16 those that the exporter would write."""
@@ -197,3 +218,29 @@ class Full:
 
     def weights(self):
         return joined({name: p.to(self.dtype) for name, p in self.parameters.items()})
+
+
+class SwiftKV:
+    """SwiftKV's projections of the layers from K on and its norm, in float32; all else stays. They begin as the
+    ordinary ones; a group's keys and values as the mean of its layers', as SwiftKV's authors have it (arXiv
+    2410.03960)."""
+
+    def __init__(self, base, k, group):
+        self.dtype, self.rest = base["q"].dtype, joined(base)
+
+        def leaders(x):
+            return torch.stack([part.float().mean(0) for part in x[k:].split(group)])
+
+        self.parameters = {
+            "swiftkv_q": base["q"][k:].float().clone(),
+            "swiftkv_k": leaders(base["k"]),
+            "swiftkv_v": leaders(base["v"]),
+            "norm_swiftkv": base["norm1"][k].float().clone(),
+        }
+        for p in self.parameters.values():
+            p.requires_grad_()
+
+    def weights(self):
+        p = {name: x.to(self.dtype) for name, x in self.parameters.items()}
+        kv = torch.cat([p["swiftkv_k"], p["swiftkv_v"]], 1)
+        return {**self.rest, "swiftkv_q": p["swiftkv_q"], "swiftkv_kv": kv, "norm_swiftkv": p["norm_swiftkv"]}

@@ -168,7 +168,15 @@ class Trees:
         branch = padded("branch", narrow, rows, "row_start", -1)
         answer = np.flatnonzero(target.ravel() != NONE)
         branch = (branch + np.arange(len(chosen))[:, None] * 1024).ravel()[answer]
-        arrays = token, position, segment, column, answer, target.ravel()[answer], np.unique(branch, return_inverse=True)[1]
+        arrays = (
+            token,
+            position,
+            segment,
+            column,
+            answer,
+            target.ravel()[answer],
+            np.unique(branch, return_inverse=True)[1],
+        )
         return Batch(*map(torch.from_numpy, arrays), int(lengths.sum()))
 
 

@@ -12,11 +12,12 @@ from conftest import ROOT, TOLERANCE, difference, engine_logits, random_tokens
 
 sys.path[:0] = [str(ROOT / "study")]
 import adapt  # noqa: E402
-from adapt_forward import KINDS, Forward, Lora, Masks, head, joined, over_rows, stacked  # noqa: E402
+import export_weights  # noqa: E402
+from adapt_forward import KINDS, Forward, Lora, Masks, SwiftKV, head, joined, over_rows, stacked  # noqa: E402
 from adapt_trees import NONE, Stream, Trees, make_tree  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from speed_llama import SpeedLlamaForCausalLM  # noqa: E402
+from speed_llama import SpeedLlamaForCausalLM, read_tokenizer  # noqa: E402
 
 HEADER = [5, 6, 7]
 END = 9
@@ -88,6 +89,51 @@ def test_forward_is_speed_llamas_and_the_engines(random_model, name, tmp_path):
     assert difference(tree_logits(net, w, 1), tree_logits(net, w, 2)) > 50 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["swiftkv1", "swiftkv2", "swiftkv4"])
+def test_swiftkv(random_model, name, tmp_path):
+    """SwiftKV's projections against the engine, as they are and as they are written."""
+    made = random_model(name)
+    k, group, layers = made.config["swiftkv"]["num_key_value_layers"], None, made.model.model.layers
+    group = made.config["swiftkv"]["key_value_group_size"]
+    net, base = Forward(made.model, torch.device("cpu"), torch.float32), stacked(made.model, torch.float32, "cpu")
+    learner = SwiftKV(base, k, group)
+    for p, ordinary in (("q", base["q"][k:]), ("k", base["k"][k::group]), ("v", base["v"][k::group])):
+        each = 1 if p == "q" else group
+        got = torch.stack([getattr(x.self_attn, f"{p}_proj_swiftkv").weight.detach() for x in layers[k::each]])
+        assert got.shape == ordinary.shape == learner.parameters[f"swiftkv_{p}"].shape
+        learner.parameters[f"swiftkv_{p}"].data.copy_(got)
+    learner.parameters["norm_swiftkv"].data.copy_(made.model.model.norm_swiftkv.weight)
+    batch = trees().batch(np.arange(3))
+    rows = net.answers(learner.weights(), batch, Masks(batch, torch.float32), net.swiftkv(k, group))[1]
+    ours = F.linear(rows, head(base)).detach()
+
+    def engine(file):
+        return alone(lambda tokens, split, k: engine_logits(file, tokens, split, tmp_path, policy="swiftkv", k=k), k)
+
+    assert difference(ours, engine(made.file)) <= TOLERANCE
+    plain = SpeedLlamaForCausalLM.from_pretrained(made.folder, policy="full", dtype=torch.float32)
+    adapt.write_swiftkv(tmp_path / "out", learner, plain, k, group, read_tokenizer(made.file))
+    export_weights.export(tmp_path / "out", tmp_path / "out.safetensors", False)
+    assert difference(ours, engine(tmp_path / "out.safetensors")) <= TOLERANCE
+    with torch.no_grad():
+        learner.parameters["swiftkv_k"] *= 1.1
+        rows = net.answers(learner.weights(), batch, Masks(batch, torch.float32), net.swiftkv(k, group))[1]
+    assert difference(F.linear(rows, head(base)), ours) > 50 * TOLERANCE
+
+
+def test_share(wide, tmp_path):
+    net, w = Forward(wide.model, torch.device("cpu"), torch.float32), joined(stacked(wide.model, torch.float32, "cpu"))
+    batch = trees().batch(np.arange(3))
+    for kept in ([0], [0, 2, 4], [0, 1, 2], [0, 5], [0, 3], list(range(6))):
+        with torch.no_grad():
+            rows = net.answers(w, batch, Masks(batch, torch.float32), net.share(kept))[1]
+
+        def engine(tokens, split, _, kept=kept):
+            return engine_logits(wide.file, tokens, split, tmp_path, policy="share", keep=kept)
+
+        assert difference(F.linear(rows, head(w)), alone(engine, None)) <= TOLERANCE, kept
+
+
 def test_planted_faults_are_seen(wide):
     """A mask or a position that is off by one moves the logits."""
     net = Forward(wide.model, torch.device("cpu"), torch.float32)
@@ -109,7 +155,6 @@ def test_planted_faults_are_seen(wide):
 def test_adapter_is_pefts_and_the_engines(wide, tmp_path):
     """The folder that is written, merged here, by PEFT, and by the exporter for the engine."""
     from peft import PeftModel
-    import export_weights
 
     learner = adapted(wide.model)
     learner.rank, learner.alpha = 4, 8
@@ -219,9 +264,9 @@ def test_streams_give_every_tree_once_an_epoch():
 
 def run_adapt(model, folder, *more, out="out"):
     command = [sys.executable, str(ROOT / "study" / "adapt.py"), str(model), str(folder / out), "--work",
-               str(folder / "work"), "--data", str(folder / "data.jsonl"), "--k", "2-3@0.5", "4@0.5", "--tokens", "6000",
-               "--step-tokens", "500", "--log-seconds", "0", "--evaluate-minutes", "0", "--workers", "1", "--device",
-               "cpu", *more]  # fmt: skip
+               str(folder / "work"), "--data", str(folder / "data.jsonl"), "--k", "2-3@0.5", "4@0.5", "--tokens",
+               "6000", "--step-tokens", "500", "--log-seconds", "0", "--evaluate-minutes", "0", "--workers", "1",
+               "--device", "cpu", *more]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -232,27 +277,41 @@ def losses(folder):
 
 def write_data(folder):
     folder.mkdir()
+    questions = ("How old is Ann?", "And Bob?")
     with open(folder / "data.jsonl", "w") as file:
         for i in range(40):
-            each = {"kind": "chat" if i % 3 == 0 else "facts", "template": f"t{i}", "system": "Be brief." if i % 2 else None,
-                    "passage": "" if i % 3 == 0 else f"Ann is {i}. Bob is {i + 1}.",
-                    "branches": [{"question": "How old is Ann?", "answer": str(i)},
-                                 {"question": "And Bob?", "answer": str(i + 1)}][: 1 if i % 3 == 0 else 2]}  # fmt: skip
+            chat = i % 3 == 0
+            each = {
+                "kind": "chat" if chat else "facts",
+                "template": f"t{i}",
+                "system": "Be brief." if i % 2 else None,
+                "passage": "" if chat else f"Ann is {i}. Bob is {i + 1}.",
+                "branches": [{"question": q, "answer": str(i + j)} for j, q in enumerate(questions)][: 2 - chat],
+            }
             file.write(json.dumps(each) + "\n")
 
 
-@pytest.mark.parametrize("more", [(), ("--full", "--lr", "1e-4"), ("--self-weight", "0.5", "--hidden-weight", "0.1")],
-                         ids=str)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--full", "--lr", "1e-4"),
+        ("--self-weight", "0.5", "--hidden-weight", "0.1"),
+        ("--method", "swiftkv", "--k", "3", "--group", "2"),
+        ("--method", "share", "--full"),
+    ],
+    ids=" ".join,
+)
 def test_resumed_run_equals_an_unbroken_one(wide, tmp_path, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         write_data(folder)
     done = run_adapt(wide.file, whole, *more)
     assert done.returncode == 0, done.stderr
-    for stop in ("3", "7"):
-        done = run_adapt(wide.file, cut, *more, "--stop-at", stop)
-        assert done.returncode == 0, done.stderr
-    assert losses(cut)[-1][0] == 7
+    done = run_adapt(wide.file, cut, *more, "--stop-at", "4")
+    assert done.returncode == 0, done.stderr
+    assert losses(cut)[-1][0] == 4
     done = run_adapt(wide.file, cut, *more)
     assert done.returncode == 0, done.stderr
     assert len(losses(whole)) > 9 and losses(whole) == losses(cut)
@@ -260,12 +319,14 @@ def test_resumed_run_equals_an_unbroken_one(wide, tmp_path, more):
     assert files == {path.name for path in (cut / "out").iterdir()} and "log.jsonl" in files
     for name in files - {"log.jsonl", "command.txt"}:
         assert (whole / "out" / name).read_bytes() == (cut / "out" / name).read_bytes(), name
-    done = run_adapt(wide.file, cut, *more, "--seed", "1")
-    assert done.returncode == 1 and "another seed" in done.stderr
+    if "--full" in more or "swiftkv" in more:
+        export_weights.export(whole / "out", tmp_path / "out.safetensors", False)
+    done = run_adapt(wide.file, cut, *more, "--lr", "1e-5")
+    assert done.returncode == 1 and "another lr" in done.stderr
     other = tmp_path / "other"
     write_data(other)
-    assert run_adapt(wide.file, other, *more, "--seed", "1").returncode == 0
-    assert losses(other) != losses(whole)
+    assert run_adapt(wide.file, other, *more, "--seed", "1", "--stop-at", "2").returncode == 0
+    assert losses(other) != losses(whole)[:2]
 
 
 def test_bad_input_is_refused_in_a_line(wide, tmp_path):
