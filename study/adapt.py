@@ -366,7 +366,9 @@ class Run:
         if o.method == "swiftkv":
             self.learner = SwiftKV(base, self.method.k, o.group)
         else:
-            self.learner = Full(base) if o.full else Lora(base, o.rank, o.alpha or o.rank, o.seed)
+            self.learner = (
+                Full(base) if o.full else Lora(base, o.rank, o.alpha or o.rank, o.seed, self.device.type == "cpu")
+            )
         if o.start:
             read_adapter(Path(o.start), self.learner)
         self.stock = joined(base)

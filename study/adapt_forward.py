@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 KINDS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
          "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
-STACKED = "qkv", "o", "gate_up", "down", "norm1", "norm2", "swiftkv_q", "swiftkv_kv"
+STACKED = "qkv", "o", "gate_up", "down", "swiftkv_q", "swiftkv_kv"
+STACKED += tuple(f"{name}_{part}" for name in STACKED[:4] for part in "ab")
 NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 
 
@@ -33,10 +34,42 @@ def stacked(model, dtype, device):
     return {name: x.detach().to(device, dtype) for name, x in w.items()}
 
 
+JOINED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "o": ("o",), "down": ("down",)}
+
+
 def joined(w):
     """The same with q, k, v and gate, up each as one, which is what Forward takes."""
-    rest = {name: x for name, x in w.items() if name not in KINDS or name in ("o", "down")}
-    return {"qkv": torch.cat([w["q"], w["k"], w["v"]], 1), "gate_up": torch.cat([w["gate"], w["up"]], 1), **rest}
+    rest = {name: x for name, x in w.items() if name not in KINDS}
+    return {**{name: torch.cat([w[kind] for kind in kinds], 1) for name, kinds in JOINED.items()}, **rest}
+
+
+class ThinLinear(torch.autograd.Function):
+    """x W' for a merged W = W0 + B A. Its gradients go to A [r, in] and B [out, r] straight: two thin products each
+    instead of the gradient of W, a third of a step's arithmetic."""
+
+    @staticmethod
+    def forward(ctx, x, w, a, b):
+        ctx.save_for_backward(x, w, a, b)
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, a, b = ctx.saved_tensors
+        flat_x, flat_dy = x.flatten(0, -2), dy.flatten(0, -2)
+        return dy @ w, None, (flat_dy @ b).T @ flat_x, flat_dy.T @ (flat_x @ a.T)
+
+
+class Linear:
+    """The linear layers of joined weights: call it with x, a name and a layer; `part`, a slice, takes some outputs."""
+
+    def __init__(self, w):
+        self.each = {name: w[name].unbind(0) for name in STACKED if name in w}
+
+    def __call__(self, x, name, i, part=slice(None)):
+        w = self.each[name][i][part]
+        if name + "_a" in self.each:
+            return ThinLinear.apply(x, w, self.each[name + "_a"][i], self.each[name + "_b"][i][part])
+        return F.linear(x, w)
 
 
 class Masks:
@@ -109,45 +142,44 @@ class Forward:
         rope = rope_wide = self.rope(batch.position)
         queries, kv_size = self.heads * self.size, self.kv_heads * self.size
         made, wide, swiftkv = {}, False, None
-        each = {name: w[name].unbind(0) for name in STACKED if name in w}
+        linear, norm1, norm2 = Linear(w), w["norm1"].unbind(0), w["norm2"].unbind(0)
         for i in range(self.layers):
-            h = self.norm(x, each["norm1"][i])
-            qkv, source = each["qkv"][i], schedule.source[i]
-            narrow_h = h
+            h = narrow_h = self.norm(x, norm1[i])
+            source = schedule.source[i]
             if i == schedule.narrow_from:  # prompt rows stop: from here on x is narrow
                 if "swiftkv" in schedule.source:
-                    swiftkv, above = self.norm(x, w["norm_swiftkv"]), i
+                    swiftkv, first = self.norm(x, w["norm_swiftkv"]), i
                 x, narrow_h, *rope = (
                     t.flatten(0, 1).index_select(0, masks.rows).view(*batch.column.shape, *t.shape[2:])
                     for t in (x, h, *rope)
                 )
                 wide = True
             mask = masks.wide if not wide else masks.short if i >= schedule.short_from else masks.narrow
-            if swiftkv is not None:
-                q = self.rotate(self.heads_of(F.linear(narrow_h, each["swiftkv_q"][i - above])), rope)
-                if source == "swiftkv":
-                    lead = sum(kind == "swiftkv" for kind in schedule.source[:i])
-                    k, v = F.linear(swiftkv, each["swiftkv_kv"][lead]).split(kv_size, -1)
-                    k, v = self.grouped(self.rotate(self.heads_of(k), rope_wide)), self.grouped(self.heads_of(v))
-                else:
-                    k, v = made[schedule.reads[i]]
-            elif source == "none":
-                q = self.rotate(self.heads_of(F.linear(narrow_h, qkv[:queries])), rope)
-                k, v = made[schedule.reads[i]]
-            elif source == "stream":  # the layer in which prompt rows stop: keys and values of all, queries of the rest
-                q = self.rotate(self.heads_of(F.linear(narrow_h, qkv[:queries])), rope)
-                k, v = F.linear(h, qkv[queries:]).split(kv_size, -1)
-                k, v = self.grouped(self.rotate(self.heads_of(k), rope_wide)), self.grouped(self.heads_of(v))
-            else:
-                qk, v = F.linear(h, qkv).split((queries + kv_size, kv_size), -1)
+            if source == "rows":
+                qk, v = linear(h, "qkv", i).split((queries + kv_size, kv_size), -1)
                 q, k = self.rotate(self.heads_of(qk), rope).split((self.heads, self.kv_heads), 2)
                 k, v = self.grouped(k), self.grouped(self.heads_of(v))
+            else:  # queries from the rows that go on, keys and values from all of them, or those of a lower layer
+                if swiftkv is not None:
+                    q = linear(narrow_h, "swiftkv_q", i - first)
+                else:
+                    q = linear(narrow_h, "qkv", i, slice(queries))
+                q = self.rotate(self.heads_of(q), rope)
+                if source == "none":
+                    k, v = made[schedule.reads[i]]
+                else:
+                    if source == "swiftkv":
+                        kv = linear(swiftkv, "swiftkv_kv", schedule.source[:i].count("swiftkv"))
+                    else:
+                        kv = linear(h, "qkv", i, slice(queries, None))
+                    k, v = (self.heads_of(x) for x in kv.split(kv_size, -1))
+                    k, v = self.grouped(self.rotate(k, rope_wide)), self.grouped(v)
             if "none" in schedule.source:
                 made[i] = k, v
             a = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask)
-            x = x + F.linear(a.transpose(1, 2).flatten(2), each["o"][i])
-            gate, up = F.linear(self.norm(x, each["norm2"][i]), each["gate_up"][i]).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, each["down"][i])
+            x = x + linear(a.transpose(1, 2).flatten(2), "o", i)
+            gate, up = linear(self.norm(x, norm2[i]), "gate_up", i).chunk(2, -1)
+            x = x + linear(F.silu(gate) * up, "down", i)
         return x
 
     def answers(self, w, batch, masks, schedule):
@@ -185,28 +217,37 @@ def over_rows(rows: Tensor, output: Tensor, chunk: int, loss) -> tuple[Tensor, T
 
 
 class Lora:
-    """LoRA on all seven projections of every layer, as PEFT begins it: A random, B zero. Trained in float32."""
+    """LoRA on all seven projections of every layer, as PEFT begins it: A random, B zero. Trained in float32.
 
-    def __init__(self, base, rank, alpha, seed):
-        self.base, self.scale, self.rank, self.alpha = base, alpha / rank, rank, alpha
+    thin: gradients by ThinLinear, for a CPU, which has arithmetic to spare; a GPU has none of those thin products'
+    memory traffic and prefers one large one."""
+
+    def __init__(self, base, rank, alpha, seed, thin=False):
+        self.base, self.scale, self.rank, self.alpha, self.thin = base, alpha / rank, rank, alpha, thin
         generator = torch.Generator().manual_seed(seed)
         self.parameters = {}
         for kind in KINDS:
             layers, out, width = base[kind].shape
             bound = width**-0.5  # kaiming_uniform with a = sqrt(5)
             a = (torch.rand(layers, rank, width, generator=generator) * 2 - 1) * bound
-            self.parameters[kind + "_a"] = a.to(base[kind].device).requires_grad_()
-            self.parameters[kind + "_b"] = (
-                torch.zeros(layers, out, rank, device=a.device).to(base[kind].device).requires_grad_()
-            )
+            for part, x in ("a", a), ("b", torch.zeros(layers, out, rank)):
+                self.parameters[f"{kind}_{part}"] = x.to(base[kind].device).requires_grad_()
 
     def weights(self):
         """The merged weights, in the base's dtype: under bf16 those that the exporter would write."""
-        w = dict(self.base)
-        for kind in KINDS:
-            a, b = (self.parameters[f"{kind}_{part}"].to(w[kind].dtype) for part in "ab")
-            w[kind] = torch.baddbmm(w[kind], b, a, alpha=self.scale)
-        return joined(w)
+        w, dtype = dict(self.base), self.base["q"].dtype
+        a, b = ({kind: self.parameters[f"{kind}_{part}"].to(dtype) for kind in KINDS} for part in "ab")
+        with torch.set_grad_enabled(not self.thin):
+            for kind in KINDS:
+                w[kind] = torch.baddbmm(w[kind], b[kind], a[kind], alpha=self.scale)
+            w = joined(w)
+        if self.thin:
+            for name, kinds in JOINED.items():  # those of joined weights: A one upon the other, B along a diagonal
+                w[name + "_a"] = torch.cat([a[kind] for kind in kinds], 1)
+                rest = (len(kinds) - 1) * self.rank
+                padded = [F.pad(b[kind], (j * self.rank, rest - j * self.rank)) for j, kind in enumerate(kinds)]
+                w[name + "_b"] = torch.cat(padded, 1) * self.scale
+        return w
 
 
 class Full:

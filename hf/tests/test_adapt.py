@@ -4,6 +4,7 @@ been."""
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ sys.path[:0] = [str(ROOT / "study")]
 import adapt  # noqa: E402
 import export_weights  # noqa: E402
 from adapt_forward import KINDS, Forward, Lora, Masks, SwiftKV, head, joined, over_rows, stacked  # noqa: E402
-from adapt_trees import NONE, Stream, Trees, make_tree  # noqa: E402
+from adapt_trees import NONE, Batch, Stream, Trees, make_tree  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from speed_llama import SpeedLlamaForCausalLM, read_tokenizer  # noqa: E402
@@ -195,11 +196,13 @@ def test_bf16_merge_is_the_exporters(wide):
         assert ((x.float() - exact[name]).abs() <= 2**-8 * exact[name].abs() + 2**-8 * 0.01).all(), name
 
 
-def test_gradients_are_those_through_peft(wide, tmp_path):
+@pytest.mark.parametrize("thin", [False, True])
+def test_gradients_are_those_through_peft(wide, tmp_path, thin):
     """Cross entropy in pieces, merged weights and leaves between: the same gradient as plain autograd through PEFT."""
     from peft import PeftModel
 
     learner = adapted(wide.model)
+    learner.thin = thin
     adapt.write_adapter(tmp_path / "adapter", learner, [], "base")
     net = Forward(wide.model, torch.device("cpu"), torch.float32)
     batch = trees().batch(np.arange(3))
@@ -230,6 +233,32 @@ def test_gradients_are_those_through_peft(wide, tmp_path):
                                     for i in range(net.layers)])  # fmt: skip
             # Sums of some hundred products of fp32 in another order: 1e-6; five times that with the layers between.
             assert ((got - expected).norm() / expected.norm()) < 1e-5, (kind, part)
+
+
+def test_a_step_reads_nothing_off_the_device(wide):
+    """On the meta device, which has no numbers to read: so a GPU is never waited for. All losses."""
+    device = torch.device("meta")
+    learner = adapted(wide.model)
+    for part in (learner.base, learner.parameters):
+        part.update({name: x.to(device).requires_grad_(x.requires_grad) for name, x in part.items()})
+    net = Forward(wide.model, device, torch.float32)
+    chosen = SimpleNamespace(
+        method="speed", self_weight=0.5, self_teacher="adapted", hidden_weight=0.1, temperature=1.0, chunk=8
+    )
+    loss = adapt.Losses(net, net.speed(net.layers), joined(learner.base), chosen)
+    batch = trees().batch(np.arange(3))
+    batch = Batch(*(x.to(device) for x in batch[:-1]), batch.tokens)
+    w = learner.weights()
+    leaves = {name: x.detach().requires_grad_(x.requires_grad) for name, x in w.items()}
+    for k in (1, 3, net.layers):
+        for is_chat in (False, True):
+            loss.add(leaves, batch, str(k), net.speed(k), is_chat, 1.0)
+    assert {name for name, x in leaves.items() if x.grad is not None} == {"qkv", "gate_up", "o", "down"}
+    assert set(loss.sums) == {f"{name} {k}" for name in ("look-ups", "chats") for k in (1, 3, 6)} | {
+        f"{name} {k}" for name in ("self", "hidden") for k in (1, 3)
+    }
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.take()
 
 
 def test_trees():
