@@ -350,12 +350,15 @@ class Run:
 
     def __init__(self, o):
         self.o = o
-        self.trees = read_trees(o)  # first: it forks, which a process should not once it has used a GPU
+        # First of all: it forks, which a process should not do once it has used a GPU.
+        data, test = read_trees(o, o.data), read_trees(o, o.test) if o.test else None
+        self.trees = Trees.joined([data, test]) if test else data
         self.device = torch.device(o.device)
         if self.device.type == "cpu":
             torch.set_num_threads(o.threads)
         else:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and each batch has its own
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.dtype]
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
@@ -379,7 +382,7 @@ class Run:
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.folder = Path(o.work)
-        chats, lookups, held_chats, held_lookups = self.trees.split()
+        chats, lookups, held_chats, held_lookups = self.trees.split(len(test) if test else 0)
         self.held = held_chats[: o.held_out], held_lookups[: o.held_out]
         share = o.chat_share if len(chats) and len(lookups) else float(len(lookups) == 0)
         self.streams = []  # (stream, is chat, weight, parts a step)
@@ -539,10 +542,11 @@ def name_of(device):
 def asked(o):
     """The options that make a run what it is. Those about time and place may change when it goes on."""
     free = ("out", "work", "stop_at", "checkpoint_minutes", "log_seconds", "evaluate_minutes", "threads", "workers",
-            "device", "prepare", "data", "model", "start")  # fmt: skip
+            "device", "prepare", "data", "test", "model", "start")  # fmt: skip
     about = {key: value for key, value in vars(o).items() if key not in free}
     start = o.start and file_name(Path(o.start) / "adapter_model.safetensors")
-    return {**about, "model": file_name(o.model), "data": [file_name(path) for path in o.data], "start": start}
+    files = {name: [file_name(path) for path in getattr(o, name)] for name in ("data", "test")}
+    return {**about, "model": file_name(o.model), **files, "start": start}
 
 
 def file_name(path):
@@ -559,24 +563,26 @@ def read_tokenizer(model):
     return AutoTokenizer.from_pretrained(model)
 
 
-def read_trees(o):
-    """The Trees of --data."""
-    prepared = [path for path in o.data if str(path).endswith(".npz")]
-    if prepared and len(o.data) > 1:
-        fail(f"{prepared[0]}: give one prepared file, or files of JSON lines")
-    if prepared:
-        return Trees.load(prepared[0])
-    trees, long = Trees.tokenize(o.data, o.model, read_tokenizer, o.longest, o.workers)
-    if long:
-        print(f"adapt.py: {long} trees are longer than {o.longest} tokens and left out", file=sys.stderr)
-    return trees
+def read_trees(o, paths):
+    """The Trees of files: JSON lines, and .npz as --prepare makes them."""
+    several = []
+    for path in paths:
+        if str(path).endswith(".npz"):
+            several.append(Trees.load(path))
+            continue
+        trees, long = Trees.tokenize(path, o.model, read_tokenizer, o.longest, o.workers)
+        several.append(trees)
+        if long:
+            print(f"adapt.py: {path}: {long} trees are longer than {o.longest} tokens and left out", file=sys.stderr)
+    return Trees.joined(several)
 
 
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", metavar="MODEL")
     p.add_argument("out", metavar="OUT", nargs="?", help="the folder to write")
-    p.add_argument("--data", nargs="+", required=True, metavar="FILE", help="trees: JSON lines, or one .npz")
+    p.add_argument("--data", nargs="+", required=True, metavar="FILE", help="trees: JSON lines, or .npz")
+    p.add_argument("--test", nargs="+", default=[], metavar="FILE", help="trees to measure; else a part of the data")
     p.add_argument("--prepare", metavar="FILE.npz", help="only tokenize the data, into this file")
     p.add_argument("--method", choices=("speed", "swiftkv", "share"), default="speed")
     p.add_argument("--group", type=int, default=1, help="layers that share SwiftKV's keys and values")
@@ -624,7 +630,7 @@ def options():
         p.error("give OUT, --work, and either --minutes or --tokens")
     if o.start and o.full:
         p.error("--start takes LoRA weights, --full trains none")
-    for path in (o.model, *o.data, *([o.start] if o.start else [])):
+    for path in (o.model, *o.data, *o.test, *([o.start] if o.start else [])):
         if not Path(path).exists():
             fail(f"{path}: no such file")
     return o
@@ -633,7 +639,7 @@ def options():
 def main():
     o = options()
     if o.prepare:
-        trees = read_trees(o)
+        trees = read_trees(o, o.data)
         trees.save(o.prepare)
         lengths, rows = int(trees.length.sum()), int((trees.arrays["target"] >= 0).sum())
         print(f"{o.prepare}: {len(trees)} trees, {lengths} tokens, {rows} of them answers', "

@@ -68,7 +68,7 @@ def tokenize_line(line, tokenizer, longest):
     passage = each.get("passage") or ""
 
     def ids(text):
-        return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def write(question, header):
         user = passage + "\n\n" + question if passage else question
@@ -106,9 +106,9 @@ class Trees:
         return len(self.length)
 
     @classmethod
-    def tokenize(cls, paths, model, read_tokenizer, longest, workers):
-        """Reads files of JSON lines, in order, on `workers` processes. (trees, how many were too long)."""
-        lines = [line for path in paths for line in Path(path).read_text().splitlines() if line.strip()]
+    def tokenize(cls, path, model, read_tokenizer, longest, workers):
+        """Reads a file of JSON lines, on `workers` processes. (trees, how many were too long)."""
+        lines = [line for line in Path(path).read_text().split("\n") if line.strip()]
         parts = [lines[i : i + 256] for i in range(0, len(lines), 256)]
         if workers <= 1:
             _start_worker(read_tokenizer, model, longest)
@@ -119,7 +119,7 @@ class Trees:
                 done = [each for part in pool.map(_tokenize_part, parts) for each in part]
         kept = [each for each in done if each[0] is not None]
         if not kept:
-            raise ValueError(f"no tree of {', '.join(map(str, paths))} fits in {longest} tokens")
+            raise ValueError(f"{path}: no tree fits in {longest} tokens")
         kinds = dict(zip(FIELDS, (np.int32, np.int16, np.int16, np.int16, np.int32, np.int16), strict=True))
         flat = {name: np.concatenate([np.asarray(getattr(t, name), kind) for t, *_ in kept])
                 for name, kind in kinds.items()}  # fmt: skip
@@ -136,14 +136,24 @@ class Trees:
         with np.load(path) as file:
             return cls({name: file[name] for name in file.files})
 
-    def split(self):
-        """(chats, look-ups, held-out chats, held-out look-ups), each an array of tree numbers. Whole templates are held
-        out; where there are too few of them, every sixteenth tree."""
+    @classmethod
+    def joined(cls, several):
+        """All trees of several Trees, in order."""
+        arrays = {name: np.concatenate([t.arrays[name] for t in several]) for name in (*FIELDS, "is_chat", "template")}
+        for name, each in (("start", "length"), ("row_start", "rows")):
+            arrays[name] = np.cumsum(np.concatenate([[0], *(getattr(t, each) for t in several)]))
+        return cls(arrays)
+
+    def split(self, test=0):
+        """(chats, look-ups, held-out chats, held-out look-ups), each an array of tree numbers. The last `test` trees
+        are held out; without them whole templates, and one chat in sixteen."""
         chat, template = self.arrays["is_chat"], self.arrays["template"]
-        out = np.arange(len(self)) % HELD_OUT == HELD_OUT - 1
-        names = np.unique(template[~chat])
-        if len(names) >= 2 * HELD_OUT:
-            out = np.where(chat, out, np.isin(template, names[HELD_OUT - 1 :: HELD_OUT]))
+        out = np.arange(len(self)) >= len(self) - test
+        if not test:
+            out = np.arange(len(self)) % HELD_OUT == HELD_OUT - 1
+            names = np.unique(template[~chat])
+            if len(names) >= 2 * HELD_OUT:
+                out = np.where(chat, out, np.isin(template, names[HELD_OUT - 1 :: HELD_OUT]))
         return [np.flatnonzero(which & where) for where in (~out, out) for which in (chat, ~chat)]
 
     def batch(self, chosen):
