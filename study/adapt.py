@@ -385,7 +385,7 @@ class Run:
         chats, lookups, held_chats, held_lookups = self.trees.split(len(test) if test else 0)
         self.held = held_chats[: o.held_out], held_lookups[: o.held_out]
         share = o.chat_share if len(chats) and len(lookups) else float(len(lookups) == 0)
-        self.streams = []  # (stream, is chat, weight, parts a step)
+        self.streams = []  # (stream, is chat, weight)
         for chosen, is_chat, part in ((lookups, False, 1 - share), (chats, True, share)):
             if part > 0 and len(chosen):
                 size = max(int(o.step_tokens * part / o.parts), 1)
@@ -394,7 +394,7 @@ class Run:
         self.terminal = sys.stderr.isatty()
 
     def make(self, step):
-        """What step number `step` computes: [(batch, is chat, weight, number for K's draw)]."""
+        """What step number `step` computes: [(batch, is chat, weight)]."""
         parts = []
         for i in range(self.o.parts):
             for stream, is_chat, weight in self.streams:
@@ -429,6 +429,8 @@ class Run:
         self.step += 1
 
     def save(self):
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            fail(f"step {self.step}: a weight is not finite; lower --lr. {self.folder} holds the last good state")
         state = {
             "parameters": self.learner.parameters,
             "optimizer": self.optimizer.state_dict(),
@@ -440,8 +442,9 @@ class Run:
         write_whole(self.folder / "state.pt", lambda p: torch.save(state, p))
 
     def resume(self):
-        path = self.folder / "state.pt"
+        path, log = self.folder / "state.pt", self.folder / "log.jsonl"
         if not path.exists():
+            log.write_text("")
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["asked"] != asked(self.o):
@@ -453,7 +456,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         # What was logged after this state was saved comes again.
-        log = self.folder / "log.jsonl"
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= self.step]
         write_whole(log, lambda p: p.write_text("".join(line + "\n" for line in kept)))
@@ -491,7 +493,6 @@ class Run:
     def loop(self):
         o = self.o
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "log.jsonl").touch()
         self.resume()
         if self.step == 0:
             about = {"torch": torch.__version__, "device": name_of(self.device), "dtype": o.dtype, **asked(o)}
