@@ -1,0 +1,2735 @@
+"""Data for adapting a chat model to a policy: look-ups by a grammar, and chats sampled from the model itself.
+
+    python3 study/adapt_data.py make --out lookups.jsonl --count 20000 --seed 1
+    hf/run.sh python study/adapt_data.py chats --model MODEL --out chats.jsonl --count 600 --seed 1
+    python3 study/adapt_data.py check lookups.jsonl chats.jsonl
+
+Each line of a file is a tree: one passage, and branches that each ask something about it.
+
+    {"kind": "story", "template": "person12+person40", "system": null, "passage": "...",
+     "branches": [{"question": "...", "answer": "..."}, ...]}
+
+A branch is one chat: the user's turn is the passage, an empty line and the question; or the question alone where the
+passage is empty. `check` proves that no name, sentence or question of study/questions.json and study/adapt_eval.json is
+in the data. The grammar has two splits, of different words and different templates, for measuring how far what was
+learned from one carries to the other.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+STUDY = Path(__file__).resolve().parent
+HELD_OUT = [STUDY / "questions.json", STUDY / "adapt_eval.json"]
+
+
+def fail(why):
+    """Ends the script with one line on standard error."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {why}")
+
+
+def split_list(text):
+    """The items of a list: separated by | outside parentheses if there is one, else by spaces."""
+    text = " ".join(text.split())
+    if "|" not in text:
+        return text.split()
+    bars = re.split(r"\|(?![^(]*\))", text)
+    return [item.strip() for item in bars if item.strip()]
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+# Ordinary words by kind. One in five of each longer list is kept for the test split (`part`), so no training text has it
+# where a fact stands. A list of fewer than SHARED words, and numbers and dates, belong to both.
+
+WORDS = {
+    "animal": """goat donkey rabbit pigeon hen duckling hedgehog pony mule badger falcon lizard turtle parrot beetle
+        swan toad raven squirrel cat terrier peacock llama ferret cricket snail heifer owl crab lamb kitten moth bat
+        crow ostrich camel spider newt weasel stork pelican hamster quail alpaca reindeer beaver poodle greyhound
+        tortoise canary swallow starling piglet bullock seal penguin eel carp salamander porcupine kestrel finch""",
+    "food": """plums|rye bread|pickled onions|walnut cake|lentils|smoked trout|barley soup|cherry jam|roast chestnuts|
+        oatcakes|boiled eggs|goat cheese|radishes|ginger biscuits|dumplings|fried mushrooms|apricots|lemon tart|
+        pea soup|raisins|turnips|honeycomb|black pudding|pancakes|beetroot|almond paste|cold potatoes|sardines|
+        buttered toast|rhubarb|gooseberries|cabbage rolls|noodles|red lentil stew|olives|herring|pumpkin pie|
+        oranges|sour cream|crab cakes|leek tart|rice pudding|spinach|carrots|hazelnuts|poppy-seed rolls|marzipan|
+        pears|quince jelly|sausages|omelettes|garlic bread|fish stew|cucumbers|dates|mustard|celery|waffles""",
+    "drink": """elderflower wine|cold tea|buttermilk|plum brandy|ginger beer|black coffee|apple juice|hot chocolate|
+        mint tea|pear cider|barley water|goat's milk|lemonade|blackcurrant syrup|nettle beer|carrot juice|
+        warm milk|cherry cordial|rose water|rum punch|camomile tea|beetroot juice|cocoa|mulled ale""",
+    "colour": """blue|yellow|white|black|orange|pink|brown|grey|silver|scarlet|crimson|turquoise|violet|cream|maroon|
+        olive green|pale green|sky blue|dark blue|rust red|lemon yellow|ivory|golden|copper|lilac|salmon pink|navy|
+        emerald|chestnut brown|bottle green|mustard yellow|peach|plum|ash grey|brick red|sand|coral|mint green""",
+    "object": """kettle lantern compass whistle telescope pocket-watch trumpet saddle teapot hammer mirror typewriter
+        ladder suitcase globe candlestick anchor pitchfork barometer thermos birdcage drum sewing-machine umbrella
+        bucket magnet rocking-chair chessboard camera sledge doorknob violin-case flowerpot bathtub wheelbarrow
+        weathervane hourglass lampshade accordion-case crutch snow-globe puppet paintbrush corkscrew rolling-pin
+        hammock bellows music-box tricycle cowbell horseshoe trunk lute inkwell sundial butter-churn jug saucepan
+        rowing-boat spinning-wheel stepladder padlock toolbox gong megaphone""",
+    "adjective": """dented rusty polished painted tiny enormous crooked borrowed broken hand-made wooden brass leather
+        striped ancient brand-new heavy folding cracked patched carved battered gilded tin clay iron velvet stolen
+        silver-plated musical waterproof square hollow lopsided second-hand foreign wicker stone folded faded""",
+    "material": """clay glass oak pewter copper leather granite marble slate straw wax cardboard driftwood bamboo ivory
+        felt linen concrete brass porcelain cork paper silver amber canvas walnut-wood velvet tin iron ice wicker
+        plaster limestone rubber sheepskin bronze chalk rope""",
+    "building": """bakery chapel mill stable brewery barn post-office school-house laundry bank forge town-hall
+        court-house pharmacy greenhouse tannery windmill cinema theatre hospital bathhouse boat-house customs-house
+        fire-station granary dairy cottage pump-house bowling-alley observatory monastery abbey warehouse sawmill
+        brickworks smokehouse watch-tower toll-house ice-rink cannery creamery gymnasium orphanage potting-shed
+        paper-mill gate-house bus-depot swimming-bath""",
+    "landmark": """old oak|stone bridge|broken fountain|war memorial|duck pond|railway cutting|village green|canal|
+        market cross|sheepfold|gravel pit|waterfall|fallen elm|north wall|football pitch|bandstand|signal box|quarry|
+        orchard|crossroads|harbour wall|tram stop|rose garden|reservoir|beech wood|milestone|chalk cliff|weir|
+        playground|cemetery gate|water tower|vineyard|marsh|jetty|ruined tower|clock tower|cattle grid|ford|maze""",
+    "instrument": """cello flute harp tuba banjo clarinet mandolin oboe xylophone harmonica bagpipes trombone viola
+        bassoon lute zither ukulele saxophone guitar bugle piccolo double-bass harpsichord cornet recorder
+        glockenspiel kettledrum barrel-organ fiddle concertina""",
+    "plant": """rose tulip pear-tree willow fern lavender-bush sunflower cactus vine cherry-tree poppy thistle holly-bush
+        dahlia lily nettle marigold chestnut-tree fig-tree orchid ivy foxglove maple bean pea leek cauliflower melon
+        strawberry aubergine artichoke tomato chilli-pepper raspberry snowdrop crocus hazel hydrangea peony daffodil""",
+    "garment": """waistcoat bonnet raincoat scarf kilt tunic cardigan bow-tie apron cape dressing-gown uniform sash
+        top-hat jumper fur-coat shawl nightcap cloak blazer sun-hat flat-cap pullover veil overcoat helmet turban
+        waterproof necktie wig monocle belt medal wool-hat hood poncho""",
+    "vehicle": """barge tractor milk-van tram railway-carriage caravan sleigh fishing-boat bus hay-cart airship steamroller
+        motorcycle canoe lorry fire-engine taxi gondola bicycle ice-cream-van removal-van submarine rickshaw hearse
+        snow-plough raft glider lifeboat mail-coach unicycle dog-sled hot-air-balloon houseboat cable-car moped""",
+    "job": """baker plumber dentist tailor cobbler blacksmith barber surveyor notary florist chemist glazier watchmaker
+        beekeeper ferryman librarian postman vet carpenter stonemason tram-driver stationmaster translator weaver
+        gardener sculptor locksmith bookbinder organist undertaker shepherd miller printer saddler chimney-sweep
+        botanist geologist diver schoolteacher journalist bricklayer potter roofer cook tax-inspector midwife sailor
+        trumpeter auctioneer cartographer butcher fishmonger gamekeeper pilot night-watchman photographer cooper
+        basket-maker signalman judge jeweller upholsterer optician bell-ringer falconer glass-blower hatter poet
+        violin-maker thatcher dressmaker accountant wine-merchant puppeteer magician wrestler ski-instructor""",
+    "hobby": """knitting|juggling|fencing|bird-watching|wood-carving|ice-skating|rowing|yodelling|stamp-collecting|
+        tap-dancing|archery|wrestling|pressing flowers|solving riddles|flying kites|collecting maps|baking bread|
+        repairing clocks|chess|sword-swallowing|swimming in cold water|mending nets|reciting poems|tango dancing|
+        climbing trees|growing leeks|making candles|polishing stones|playing dominoes|writing limericks|
+        calligraphy|cheese-making|tightrope walking|whistling|basket weaving|hang-gliding|lace-making""",
+    "study": """volcanoes|the migration of eels|old maps|medieval bread|the habits of bats|church bells|river fish|
+        seaweed|lost languages|meteorites|Roman roads|the history of buttons|edible mosses|cloud shapes|ancient coins|
+        ant colonies|shipwrecks|folk songs|rare orchids|fossil teeth|snow crystals|tidal currents|the dreams of dogs|
+        bridges|poisonous mushrooms|whale song|the physics of spinning tops|dialects|earthworms|tree rings|
+        glaciers|old recipes|the growth of lichens|cave paintings|desert beetles|sleepwalking|hailstones""",
+    "shop": """hat-shop bookshop tea-room cheese-shop toy-shop antique-shop flower-shop barber-shop fish-stall
+        sweet-shop bicycle-shop pawnshop shoe-shop wine-bar music-shop hardware-shop fruit-stall pie-shop
+        lamp-shop umbrella-shop tobacco-shop map-shop carpet-shop perfume-shop pet-shop""",
+    "room": """attic cellar kitchen pantry hall laundry-room nursery library ballroom bathroom study workshop conservatory
+        boiler-room dining-room coal-hole guest-room larder music-room map-room gallery stable cloakroom vestry""",
+    "weather": """rain fog snow hail thunder frost drizzle sleet sunshine mist lightning heat drought""",
+    "container": """biscuit tin|hat box|wooden chest|glass jar|leather satchel|cigar box|milk can|wicker basket|
+        drawer|iron safe|sugar bowl|shoe box|violin case|flower vase|coal scuttle|tea caddy|boot|barrel|suitcase|
+        pillowcase|bread bin|egg carton|hollow log|bird box|letter box|stone jar|paint pot|hatbox|piano stool""",
+    "event": """regatta|harvest fair|lantern parade|cheese fair|spelling contest|snail race|kite festival|flower show|
+        sheepdog trial|pancake race|tug of war|raft race|carnival|egg hunt|chess tournament|brass band contest|
+        ploughing match|boat blessing|song contest|midsummer dance|pie-eating contest|bicycle race|puppet week|
+        apple fair|winter swim|book fair|torchlight walk|scarecrow contest|village Olympics|hat parade""",
+    "illness": """hay fever|a bad knee|toothache|a sprained ankle|the measles|a broken arm|a sore throat|gout|
+        a stiff neck|sunstroke|chicken pox|a cough|vertigo|a cold|backache|mumps|hiccups|insomnia""",
+    "fear": """geese|thunder|lifts|spiders|the dark|wasps|deep water|escalators|horses|ghosts|heights|clowns|balloons|
+        cows|mice|dentists|bridges|mirrors|fireworks|moths|tunnels|feathers|snakes|lightning|crowds""",
+    "book": """"Salt and Feathers"|"The Glass Orchard"|"A Winter Too Long"|"The Miller's Ghost"|"Nine Empty Chairs"|
+        "The Weight of Rain"|"Letters to a Lamp"|"The Second Whistle"|"Bread for the Moon"|"The Crooked Mile"|
+        "An Island of Clocks"|"The Patient Crow"|"Under the Copper Beech"|"Seven Doors North"|"The Silent Tram"|
+        "Dust on the Piano"|"The Cartographer's Dog"|"Half a Sunday"|"The Blue Staircase"|"A Spoon of Honey"|
+        "The Last Telegram"|"Snow on the Stage"|"The Borrowed Coat"|"Where the Eels Go"|"Thirteen Kettles" """,
+    "ship_adjective": """Silver Merry Lucky Golden Silent Brave White Black Gentle Northern Wandering Little Proud Jolly
+        Crimson Patient Stubborn Hungry Faithful Rolling Laughing Amber Lonely Swift Sleepy Blue Scarlet Honest""",
+    "ship_noun": """Gull Heron Petrel Dolphin Otter Maiden Star Curlew Herring Duchess Thistle Swan Widow Pelican
+        Cormorant Plover Anchor Tern Seal Mermaid Kestrel Bramble Lantern Puffin Walrus Osprey Minnow Swallow""",
+    "pet": """Pepper Muffin Bandit Domino Nutmeg Pickle Button Cocoa Rascal Clover Marble Truffle Bramble Socks Whisper
+        Pudding Tinker Velvet Mustard Noodle Sprocket Dumpling Gravy Fidget Turnip Buster Cinder Juniper Patch Waffle
+        Comet Thimble Bobbin Figaro Hector Mango Olive Pirate Sherlock Tulip Wellington Ziggy Admiral Barnaby""",
+    "street": """Mill Lane|Candle Street|Tanner's Row|Chapel Street|Ropewalk|Fountain Square|Cooper Street|Orchard Road|
+        Bell Yard|Dyer's Lane|Station Road|Weaver Street|Lime Avenue|Bridge Street|Saddler's Court|Pump Street|
+        Quay Street|Cherry Row|Fishergate|Castle Road|Windmill Lane|Vinegar Yard|Poplar Street|Needle Alley|
+        Mercer Street|Abbey Road|Salt Lane|Goose Green|Pottery Lane|Hatter's Row|Plum Street|Granary Square""",
+    "reason": """the roof leaks|the stairs are too steep|nobody else wants to|an uncle once did the same|
+        the doctor ordered it|it saves money|the neighbours complained|the old one burned down|the light is better there|
+        a bet was lost|the trains are unreliable|the mayor asked for it|it keeps the mice away|the cellar is damp|
+        it brings good luck|the last winter was so hard|a fortune-teller advised it|the law demands it""",
+    "quality": """patient stubborn cheerful forgetful generous shy punctual absent-minded proud careful talkative thrifty
+        curious gloomy hospitable superstitious polite quarrelsome tidy clumsy brave lazy witty strict""",
+}  # fmt: skip
+
+KIN = """sister brother cousin neighbour aunt uncle teacher rival landlord grandmother grandfather niece nephew
+    godmother daughter son pupil partner tenant friend""".split()
+WOMEN = """Agnes Beatrice Clara Delia Edith Flora Gwen Hilda Ingrid Judith Karla Lydia Martha Nora Olga Paula Rosa Sylvia
+    Thea Ursula Vera Wilma Yvonne Zelda Amelia Bridget Cecily Dorothy Elsa Frieda Gloria Helga Irene Josephine Katrin
+    Louisa Mabel Nadia Odette Petra Ramona Selma Tilda Una Violet Winifred Alma Birgit Carmen Dagmar Esther Fatima
+    Grace Heidi Ines Joan Kirsten Leonora Minna Noor Phoebe Rachel Sonja Tamsin Valerie Xenia Amina Chiara Daphne
+    Enid Faith Harriet Imogen Jasmine Leila Marguerite Nell Priya Rowena Saskia Theresa Vivian Yasmin""".split()
+MEN = """Albert Bruno Casper Dominic Ernest Felix Gustav Harold Igor Jasper Konrad Leopold Martin Norbert Oscar Percy
+    Quentin Rupert Stefan Theodor Ulrich Victor Walter Xavier Yorick Zacharias Ambrose Basil Cedric Duncan Emil Francis
+    Gregor Humphrey Ivan Julius Karl Ludwig Magnus Nigel Otto Patrick Ralph Samuel Timothy Urban Vincent Wilfred Alfred
+    Boris Conrad Desmond Elias Fergus Gilbert Hugo Isaac Joachim Kenneth Lionel Matthew Nathan Osbert Raymond Sergei
+    Tarek Viktor Wendel Yusuf Arthur Benedict Clement Diego Eamon Florian Godfrey Herbert Jerome Laszlo""".split()
+# Halves of made-up names: first names of women and men, last names, towns.
+FIRST = "Al Bel Cor Da El Fa Gal Ha Il Jo Ka Lo Ma Ne Os Pe Ri Sa Te Ul Va Wil Ya Zo Bri Dre Fen Gri Hes Lin Mer Sti".split()
+WOMAN_END = "ra na dia lina mira sa wen thea vina nelle ka bethe rina lotte zia dora".split()
+MAN_END = "ric bert mund ron dan vin gar mar thias no sten dor ko wick fred nard".split()
+LAST = """Ald Bar Birch Bram Brock Carl Chal Crow Dal Den Dun Elm Fal Farth Ferr Gar Gill Gor Had Hart Hol Horn Kel Kett
+    Lam Lang Lark Lind Mar Mer Mor Nor Oak Pen Pick Quar Rad Raven Rish Sal Sed Shaw Sten Swin Tall Thorn Tre Ull Van
+    Wad Wes Whit Win Wol Yar""".split()
+LAST_END = """ane berry by combe den dell er feld ford gate hurst ing kin ler ley low man mere mont more ner nock ock
+    ridge rose row sett son stead strom ter thorpe ton vane ward way wick wood worth""".split()
+TOWN = """Ash Bar Black Bram Brin Cal Cop Crag Dar Dell Dor East Elder Ever Fal Fen Fern Fox Glen Gran Hal Haw Hazel Heath
+    High Hol Ing Kil King Lan Lin Long Mar Mel Mid Mill More New Nor Oak Or Peb Rad Red Rook Sal Sed Shel Sil South
+    Stan Stone Sun Thorn Till Tor Und Val Wat West White Wil Wind Wol Yar""".split()
+TOWN_END = """borough bourne bridge bury by caster cliff combe cote cross dale den don fell field ford gate ham hampton
+    haven head holm hurst lake ley low marsh mere minster mouth ness over pool port rick side stead stoke stow thorpe
+    ton wade wall water well wick worth""".split()
+NUMBERS = """two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
+SEASONS = "spring summer autumn winter".split()
+# ---- facts -----------------------------------------------------------------------------------------------------------
+# A block is a fact about one subject: a clause, then indented questions with their short answers after " = ".
+#   {S} {S's} {he} {him} {his} {himself}   the subject: a name, a description, a pronoun, or "I" in direct speech
+#   {colour} {a animal} {pl animal}        a word of that kind, with its article, in the plural; {town1} {town2}: two
+#   ~keep  ^be  =be                        a verb that agrees with the subject, with a singular, with a plural
+#   (boat|barge)                           one of these
+# Every block is a template: it is used in training or in the test split, never in both.
+
+PERSON = """
+{S} ~keep {pl animal} {where}
+  (What|Which animals) ~do {S} keep {where}? = {pl animal}
+  Where ~do {S} keep {his} {pl animal}? = {where}
+{S's} (boat|barge|sailing boat) ^be called the {ship}
+  (What ^be the name of {S's} boat|What ^be {S's} boat called)? = the {ship}
+{S} ~sleep in {a vehicle} that once belonged to {a job}
+  (In what|Where) ~do {S} sleep? = in {a vehicle}
+  To whom did {S's} {vehicle} once belong? = to {a job}
+{S} never ~leave the house without {a thing}
+  Without what ~do {S} never leave the house? = without {a thing}
+  What ~do {S} always take along? = {a thing}
+{S} ~be afraid of {fear}, and {he} ~cross the road when {he} ~hear of them
+  What ^be {S} afraid of? = {fear}
+{S} ~have (a dog|a cat|a parrot) called {pet}
+  What ^be the name of {S's} (pet|animal)? = {pet}
+  What ~do {S} call {his} (pet|animal)? = {pet}
+every {day} {S} ~play the {instrument} {where}
+  Which instrument ~do {S} play (on {day}s|{where})? = the {instrument}
+  On which day ~do {S} play the {instrument}? = on {day}
+  Where ~do {S} play the {instrument}? = {where}
+{S} ~play the {instrument} in (the town band|a quartet|the fire-brigade band)
+  What instrument ~do {S} play? = the {instrument}
+{S} ~eat nothing but {food} (on weekdays|for breakfast|in winter|before noon)
+  What ~do {S} eat (|every time)? = {food}
+{S} ~drink {drink} (with every meal|instead of water|from a soup plate|before every journey)
+  What ~do {S} drink? = {drink}
+{S} (always|still|often) ~wear {a colour} {garment}
+  What colour ^be {S's} {garment}? = {colour}
+  What ~do {S} wear? = {a colour} {garment}
+{S} used to be {a job}
+  What (^be {S} before|did {S} use to be|^be {S's} earlier profession)? = {a job}
+{S} ~have worked as {a job} for {number} years
+  How long ^have {S} been {a job}? = for {number} years
+  What work ~do {S} do? = {a job}
+{S} ~live above the {shop} in {street}
+  In which street ~do {S} live? = in {street}
+  Above which shop ~do {S} live? = above the {shop}
+{S} ~rent a room in {street} from {a job}
+  From whom ~do {S} rent a room? = from {a job}
+  In which street ^be {S's} room? = in {street}
+{S} ~was born in {town}, (the child of|the youngest child of|a child of) {a job}
+  Where was {S} born? = in {town}
+  What was the profession of {S's} parent? = {a job}
+{S} came to (this part of the country|these hills|the coast) from {town} in {year}
+  From where did {S} come? = from {town}
+  In what year did {S} come from {town}? = in {year}
+{S's} best friend, {person}, ^be {a job}
+  Who ^be {S's} best friend? = {person}
+  What ^be {person's} job? = {a job}
+{S} ~be married to {a job} (from|who grew up in) {town}
+  What ^be the job of the person to whom {S} ^be married? = {a job}
+  From which town ^be the {job} whom {S} married? = {town}
+{S} ~study {study}
+  What ~do {S} study? = {study}
+{S} ~have written a book about {study}
+  What ^be {S's} book about? = {study}
+{S} wrote a (novel|book|play) called {book}
+  What ^be the title of the (book|work) that {S} wrote? = {book}
+{S} ~hide {his} money in {a container}
+  Where ~do {S} hide {his} money? = in {a container}
+  (What|Which thing) ~do {S} keep in {a container}? = {his} money
+{S} ~keep the key to the {building} in {a container}
+  In what ~do {S} keep the key to the {building}? = in {a container}
+  The key to which building ^be kept in {S's} {container}? = the {building}
+{S} ~collect (old |small |)({pl object}|{pl garment})
+  What ~do {S} collect? = [1]
+{S} inherited {a thing} from (an aunt|an uncle|a stranger) in {town}
+  What did {S} inherit? = {a thing}
+  In which town lived the person from whom {S} inherited the {thing}? = in {town}
+{S} bought {a thing} at the market for {sum}
+  What did {S} buy at the market? = {a thing}
+  How much did {S} pay for the {thing}? = {sum}
+{S} (found|dug up|discovered) {a thing} under the floor of the {building}
+  What did {S} find under the floor of the {building}? = {a thing}
+  Under the floor of which building did {S} find {a thing}? = the {building}
+{S} lost {his} {garment} in the {room} of the {building}
+  What did {S} lose in the {building}? = {his} {garment}
+  In which room of the {building} did {S} lose {his} {garment}? = in the {room}
+{S} won the {event} of {town} with {a animal}
+  With which animal did {S} win the {event}? = with {a animal}
+  Where did {S} win the {event}? = in {town}
+  What did {S} win in {town}? = the {event}
+{S} ~teach {hobby} to (the children|the old people|the soldiers|the prisoners) of {town}
+  What ~do {S} teach in {town}? = {hobby}
+  In which town ~do {S} teach {hobby}? = in {town}
+{S} (learned|first tried) {hobby} from {a job} called {person}
+  What did {S} learn from {person}? = {hobby}
+  From whom did {S} learn {hobby}? = from {person}
+{S's} only hobby ^be {hobby}
+  What ^be {S's} (only |)hobby? = {hobby}
+{S} ~be known for {his} {colour} {garment} and {his} love of {food}
+  What food ~do {S} love? = {food}
+  What colour ^be {S's} {garment}? = {colour}
+{S} ~paint nothing but {pl animal}
+  What (animals |)~do {S} paint? = {pl animal}
+{S} ~carve {pl animal} out of {material}
+  Out of what ~do {S} carve {his} {pl animal}? = out of {material}
+  What ~do {S} carve out of {material}? = {pl animal}
+{S} ~repair (old |)({pl object}|{pl instrument}) {where}
+  What ~do {S} repair? = [1]
+  Where ~do {S} repair them? = {where}
+{S} ~sell {food} from {a colour} (cart|van|stall|barrow) {where}
+  What ~do {S} sell? = {food}
+  What colour ^be {S's} [0]? = {colour}
+  Where ^be {S's} [0]? = {where}
+{S} ~charge {sum} for (a lesson|a haircut|a portrait|a ride|a letter)
+  (How much|What) ~do {S} charge for [0]? = {sum}
+{S} ~grow {pl plant} in {a container}
+  What ~do {S} grow? = {pl plant}
+  In what ~do {S} grow {pl plant}? = in {a container}
+{S} planted {a plant} {where} in {year}
+  What did {S} plant in {year}? = {a plant}
+  When did {S} plant the {plant}? = in {year}
+  Where did {S} plant the {plant}? = {where}
+{S} ~travel to {town} every {day} by {vehicle}
+  How ~do {S} travel to {town}? = by {vehicle}
+  Where ~do {S} travel on {day}s? = to {town}
+  On which day of the week ~do {S} go to {town}? = on {day}
+{S} drove (a load of|ten sacks of|a box of) {food} to {town} in {a vehicle}
+  What did {S} take to {town}? = {food}
+  In what did {S} drive to {town}? = in {a vehicle}
+{S} ~sit in the {room} of the {building} and ~write letters to {a job} in {town}
+  To whom ~do {S} write letters? = to {a job} in {town}
+  In which room ~do {S} write letters? = in the {room}
+{S} once broke a leg (when {he} fell from|falling from) {a vehicle}
+  From what did {S} fall when {he} broke a leg? = from {a vehicle}
+{S} ~suffer from {illness} whenever there is {weather}
+  What ~do {S} suffer from? = from {illness}
+  In what weather ~do {S} suffer from {illness}? = in {weather}
+{S} only ~work when there is {weather}
+  In what weather ~do {S} work? = in {weather}
+{S} ~owe {sum} to the {job} of {town}
+  How much ~do {S} owe? = {sum}
+  To whom ~do {S} owe {sum}? = to the {job} of {town}
+{S} gave {his} {thing} to {a job} called {person}
+  What did {S} give to {person}? = {his} {thing}
+  To whom did {S} give {his} {thing}? = to {person}
+{S} named {his} (first child|horse|house|oldest goose) after {a job} called {person}
+  After whom did {S} name {his} [0]? = after {person}
+{S} saved {a animal} from the burning {building}
+  What did {S} save from the (fire|burning {building})? = {a animal}
+  From which building did {S} save {a animal}? = from the {building}
+{S} ~have {number} {kin}s, and all of them =be {job}s
+  How many {kin}s ~do {S} have? = {number}
+  What are {S's} {kin}s by profession? = {job}s
+{S's} {kin} (from|in) {town} ^send {him} {food} at (Christmas|Easter|the end of the year)
+  What ~do {S} get from {his} {kin}? = {food}
+  Where ~do {S's} {kin} live? = in {town}
+{S's} house ^have {a colour} door and {number} chimneys
+  What colour ^be the door of {S's} house? = {colour}
+  How many chimneys ^have {S's} house? = {number}
+{S's} workshop ^be (in the {room} of|in the yard of) the {building}
+  Where ^be {S's} workshop? = [0] the {building}
+{S's} {thing} ^be made of {material}
+  What ^be {S's} {thing} made of? = {material}
+{S's} desk ^stand in the window of the {shop} (in|at the end of) {street}
+  In the window of which shop ^do {S's} desk stand? = the {shop}
+  In which street ^be the shop where {S's} desk stands? = in {street}
+{S's} (most famous|best known|largest) picture ^show {a animal} on {a object}
+  Which animal is on {S's} [0] picture? = {a animal}
+  On what is the animal in {S's} [0] picture? = on {a object}
+{S's} garden ^be famous for its {pl plant}
+  What ^be {S's} garden famous for? = for its {pl plant}
+{S's} {kin}, {person}, ^run the {shop} in {town}
+  Who ^run the {shop} in {town}? = {person}
+  What ^do {S's} {kin} run? = the {shop} in {town}
+{S's} favourite (colour|shade) ^be {colour}
+  What ^be {S's} favourite colour? = {colour}
+{S} ~get up at {time}, because the {pl animal} must be fed
+  When ~do {S} get up? = at {time}
+  What must be fed when {S} ~get up? = the {pl animal}
+{S} ~swim in the (river|lake|sea) at {time} with {his} {animal}
+  At what time ~do {S} swim? = at {time}
+  Which animal swims with {S}? = {his} {animal}
+{S} ~have {a number}-year-old {animal} that ^answer to the name of {pet}
+  What ^be the name of {S's} {animal}? = {pet}
+  How old ^be {S's} {animal}? = {number} years
+{S} ~speak to nobody but {a job} and {his} {animal}
+  To which animal ~do {S} speak? = to {his} {animal}
+{S} ~pay {his} rent in {food}
+  In what ~do {S} pay {his} rent? = in {food}
+{S} ~measure the depth of the (lake|well|river) with {a thing}
+  With what ~do {S} measure the depth of the [0]? = with {a thing}
+{S} ~keep (bees|a diary|weather records|a list of ghosts) in the {room} of the {building}
+  What ~do {S} keep in the {room} of the {building}? = [0]
+  In which building ~do {S} keep [0]? = in the {building}
+{S} ~be the only person in {town} who ^own {a object}
+  What ~do nobody in {town} own but {S}? = {a object}
+{S} ~make {pl garment} for {pl animal}
+  For which animals ~do {S} make {pl garment}? = for {pl animal}
+  What ~do {S} make for {pl animal}? = {pl garment}
+{S} ~make {pl instrument} from {material}
+  What ~do {S} make from {material}? = {pl instrument}
+  From what ~do {S} make {pl instrument}? = from {material}
+{S} refused to sell {his} {vehicle} to {a job}
+  What did {S} refuse to sell? = {his} {vehicle}
+  To whom did {S} refuse to sell {his} {vehicle}? = to {a job}
+{S} ~be said to be the most {quality} person in {town}
+  What ^be {S} said to be in {town}? = the most {quality} person
+{S} fell in love with {a job} at the {event} in {town}
+  With whom did {S} fall in love? = with {a job}
+  Where did {S} fall in love? = at the {event} in {town}
+{S} lost a bet and had to (eat|carry|wear|kiss) {a garment}
+  What did {S} have to [0] because of a bet? = {a garment}
+{S} spent {number} years in {town}, where {he} learned {hobby}
+  What did {S} learn in {town}? = {hobby}
+  How many years did {S} spend in {town}? = {number}
+{S} ~travel with {a thing}, {a object} and nothing else
+  What ~do {S} travel with? = with {a thing} and {a object}
+{S} ~be writing a history of the {event} of {town}
+  The history of what ^be {S} writing? = the {event} of {town}
+{S} built {a building} out of {material} for {his} {kin}
+  What did {S} build? = {a building}
+  Out of what did {S} build the {building}? = out of {material}
+  For whom did {S} build the {building}? = for {his} {kin}
+{S} traded {his} {object} for {number} {pl animal}
+  For what did {S} trade {his} {object}? = for {number} {pl animal}
+  What did {S} trade for {number} {pl animal}? = {his} {object}
+{S} ~answer every question with a line from {book}
+  From which book ~do {S} quote? = from {book}
+{S} ~take care of the {pl plant} {where}
+  What ~do {S} take care of? = the {pl plant} {where}
+  Where are the {pl plant} that {S} ~take care of? = {where}
+{S} and {person} meet on {day}s to (practise|talk about) {hobby}
+  Whom ~do {S} meet on {day}s? = {person}
+  On which day do {S} and {person} meet? = on {day}
+{S} ~swear that {food} (cures|helps against|keeps away) {illness}
+  What ~do {S} believe to help against {illness}? = {food}
+  Against what ^be {food} good, according to {S}? = against {illness}
+{S} ~practise {hobby} in the {room} of the {building}
+  What ~do {S} practise? = {hobby}
+  Where ~do {S} practise {hobby}? = in the {room} of the {building}
+last {season} {S} had to sell {his} {vehicle}, and the {season} before it was {his} {instrument}
+  What did {S} have to sell last {season}? = {his} {vehicle}
+  What had {S} sold in the {season} before? = {his} {instrument}
+last {season} {S} carved {a animal}, and the {season} before {he} carved {a animal2}
+  What did {S} carve last {season}? = {a animal}
+  What did {S} carve in the {season} before last? = {a animal2}
+in {month} {S} ~sell {food}, and in {month2} {he} ~sell {food2}
+  What ~do {S} sell in {month2}? = {food2}
+  In which month ~do {S} sell {food}? = in {month}
+{S} was {a job} before {he} became {a job2}
+  What was {S} before {he} became {a job2}? = {a job}
+  What did {S} become after {he} had been {a job}? = {a job2}
+"""
+
+PLACE = """
+{S} was built in {year} by {a job} called {person}
+  When was {S} built? = in {year}
+  Who built {S}? = {person}
+  What was the profession of the man who built {S}? = {a job}
+{S} was (once|formerly|for a long time) {a building}
+  What was {S} before? = {a building}
+{S} ~stand between the {building1} and the {building2}
+  Between which buildings ~do {S} stand? = between the {building1} and the {building2}
+{S} ~open at {time} and ~close when the {job} ^go home
+  When ~do {S} open? = at {time}
+  {S} ~close when somebody goes home. Who? = the {job}
+{S} ~be open only (in|during) {weather}
+  When ~do {S} open? = in {weather}
+{S} ~be closed on {day}s
+  On which day ~be {S} closed? = on {day}
+{S's} roof ^be covered with {material}
+  With what ^be the roof of {S} covered? = with {material}
+{S} ~have {number} rooms and only one {object}
+  How many rooms ~do {S} have? = {number}
+  Of what is there only one in {S}? = {a object}
+{S} ~be guarded by {a animal} called {pet}
+  What ^be the name of the animal that guards {S}? = {pet}
+  Which animal guards {S}? = {a animal}
+{S} ~belong to {person}, who used to be {a job}
+  To whom ~do {S} belong? = to {person}
+  What did {person} use to be? = {a job}
+{S} ~be run by {person}, {a job} from {town}
+  Who runs {S}? = {person}
+  From which town ^be {person}? = from {town}
+the owner of {S}, {person}, ^pay every guest in {food}
+  Who ^be the owner of {S}? = {person}
+(visitors|guests|strangers) must leave their {pl garment} in {a container} at the door of {S}
+  What must be left at the door of {S}? = {pl garment}
+  In what are {pl garment} left at the door of {S}? = in {a container}
+the (walls|doors|windows) of {S} =be painted {colour}
+  What colour are the [0] of {S}? = {colour}
+in the {room} of {S} ^hang {a thing} that (nobody|no one) may touch
+  What hangs in the {room} of {S}? = {a thing}
+  In which room of {S} ^do the {thing} hang? = in the {room}
+{S} ~sell nothing but {pl object}
+  What ^be sold in {S}? = {pl object}
+{S} ~be (best known|famous) for its {food}
+  What ^be {S} (best known|famous) for? = for its {food}
+the door of {S} ^have the shape of {a animal}
+  What shape ^have the door of {S}? = {a animal}
+under {S} ^lie {a room} full of {drink}
+  What ^be stored under {S}? = {drink}
+{S} lost its {object} in (a storm|a lawsuit|a game of cards|a flood)
+  What did {S} lose? = its {object}
+a tunnel runs from {S} to the {building}
+  Where does the tunnel from {S} lead? = to the {building}
+  From where does a tunnel run to the {building}? = from {S}
+the key of {S} ^be kept by {a job}, (whose name is|called) {person}
+  Who keeps the key of {S}? = {person}
+  What ^be the job of {person}? = {a job}
+{S} ~be heated with {material} (since|because) the last {job} moved away
+  With what ^be {S} heated? = with {material}
+{S} ~be so (small|narrow|low) that {a animal} can hardly turn round in it
+  What can hardly turn round in {S}? = {a animal}
+in {year} {S} burned down, and only {a thing} was saved
+  In what year did {S} burn down? = in {year}
+  What was saved when {S} burned down? = {a thing}
+{S} ~be decorated with {pl animal} made of {material}
+  What animals decorate {S}? = {pl animal}
+  Of what are the {pl animal} of {S} made? = of {material}
+{S} ~offer lessons in {hobby} every {day}
+  In what ~do {S} offer lessons? = in {hobby}
+  On what day are there lessons in {S}? = on {day}
+{S} ~employ {number} {job}s and one {job2}
+  How many {job}s ~do {S} employ? = {number}
+{S} ~smell of {food} and {drink}
+  What ~do {S} smell of? = of {food} and {drink}
+behind the counter of {S} ^sit {a animal} in {a garment}
+  Which animal sits behind the counter of {S}? = {a animal}
+  What ^do the {animal} in {S} wear? = {a garment}
+the last (tenant|guest|visitor) of {S} left {a thing} in the {room}
+  What did the last [0] of {S} leave behind? = {a thing}
+  Where in {S} did the last [0] leave {a thing}? = in the {room}
+"""
+
+TOWN_FACTS = """
+the people of {S} race {pl vehicle} on the (first|last) {day} of {month}
+  What do the people of {S} race? = {pl vehicle}
+  In which month do the people of {S} race {pl vehicle}? = in {month}
+the mayor of {S} ^be {person}, {a job} by trade
+  Who ^be the mayor of {S}? = {person}
+  What ^be the trade of the mayor of {S}? = {a job}
+{S} ~be known for its {pl instrument}, which are made of {material}
+  What ^be {S} known for? = for its {pl instrument}
+  Of what are the {pl instrument} of {S} made? = of {material}
+every {season} the {event} of {S} ^begin with a {colour} flag
+  What event is held in {S}? = the {event}
+  What colour ^be the flag at the {event} of {S}? = {colour}
+the (clock|weathervane|bell) on the {building} of {S} was (given|paid for) by {a job}
+  Who gave the [0] on the {building} of {S}? = {a job}
+  On which building of {S} ^be the [0]? = on the {building}
+nobody in {S} ^may own {a object} after {time}
+  What may nobody in {S} own after {time}? = {a object}
+there are {number} bridges in {S}, and one of them ^be made of {material}
+  How many bridges are there in {S}? = {number}
+  What is one of the bridges of {S} made of? = {material}
+the (river|stream) that runs through {S} ^be full of {pl animal}
+  What is the [0] of {S} full of? = {pl animal}
+in {S} a letter ^cost {sum}
+  How much does a letter cost in {S}? = {sum}
+the oldest inhabitant of {S} ^be {person}, who ^live on {food}
+  Who ^be the oldest inhabitant of {S}? = {person}
+  What ^do {person} live on? = on {food}
+the coat of arms of {S} ^show {a animal} with {a object}
+  Which animal ^be on the coat of arms of {S}? = {a animal}
+  What ^do the {animal} on the coat of arms of {S} carry? = {a object}
+the market of {S} ^take place {where}, and it ^sell only {food}
+  Where ^be the market of {S} held? = {where}
+  What is sold at the market of {S}? = {food}
+the only (doctor|teacher|policeman) in {S} ^ride {a animal} to work
+  On what ^do the only [0] in {S} ride? = on {a animal}
+(boys|children|girls) in {S} learn {hobby} at school
+  What do [0] in {S} learn at school? = {hobby}
+the night train from {S} to {town} ^wait for {number} minutes {where}
+  How long ^do the night train from {S} to {town} wait? = for {number} minutes
+  Where ^do the night train from {S} go? = to {town}
+{S} was ruled by {a job} called {person} until {year}
+  Who ruled {S} until {year}? = {person}
+  Until when did {person} rule {S}? = until {year}
+the houses of {S} =be {colour}, because {material} is cheap there
+  What colour are the houses of {S}? = {colour}
+  What is cheap in {S}? = {material}
+"""
+
+ANIMAL_FACTS = """
+{S} ~sleep in {a container} in the {room}
+  Where ~do {S} sleep? = in {a container} in the {room}
+{S} ~eat only {food}
+  What ~do {S} eat? = {food}
+{S} ~belong to {person}, the {job} of {town}
+  To whom ~do {S} belong? = to {person}
+  What ^be {person's} job? = the {job} of {town}
+{S} ~wear {a colour} {garment} on {day}s
+  What ~do {S} wear on {day}s? = {a colour} {garment}
+  What colour ^be {S's} {garment}? = {colour}
+{S} ~be afraid of the {job}
+  Of whom ^be {S} afraid? = of the {job}
+{S} ~steal {pl object} from the {building}
+  What ~do {S} steal? = {pl object}
+  From where ~do {S} steal {pl object}? = from the {building}
+{S} ~carry {a object} to {a job} every morning
+  What ~do {S} carry? = {a object}
+  To whom ~do {S} carry {a object}? = to {a job}
+{S} ~howl whenever somebody ^play the {instrument}
+  When ~do {S} howl? = whenever somebody plays the {instrument}
+{S's} best friend ^be {a animal} called {pet}
+  Who ^be {S's} best friend? = {pet}
+{S} was found {where} in a {weather} of {year}
+  Where was {S} found? = {where}
+{S} ~be buried {where}, under {a plant}
+  Under what ^be {S} buried? = under {a plant}
+"""
+
+THING_FACTS = """
+{S} was made by {person}, {a job}, out of {material}
+  Who made {S}? = {person}
+  Out of what ^be {S} made? = out of {material}
+  What was the profession of the person who made {S}? = {a job}
+{S} ~stand {where}
+  Where ~do {S} stand? = {where}
+{S} ~be the property of {a job} from {town}
+  To whom ~do {S} belong? = to {a job} from {town}
+{S} was stolen in {year} by {a job}
+  Who stole {S}? = {a job}
+  In what year was {S} stolen? = in {year}
+{S} was (later|at last) found in {a container} in {town}
+  In what was {S} found? = in {a container}
+  In which town was {S} found? = in {town}
+{S} ~weigh as much as {a animal}
+  Which animal weighs as much as {S}? = {a animal}
+{S} was sold for {sum} to {person}
+  For how much was {S} sold? = for {sum}
+  To whom was {S} sold? = to {person}
+{S} ~be painted {colour} (inside|on the back|below)
+  What colour ^be {S} on that side? = {colour}
+{S} ~be used to (catch|feed|frighten|wash) {pl animal}
+  What ^be {S} used for? = to [0] {pl animal}
+{S} fell into (the river|a well|the harbour) when {a vehicle} turned over
+  Into what did {S} fall? = into [0]
+  What turned over when {S} fell into [0]? = {a vehicle}
+"""
+
+GROUP_FACTS = """
+{S} ~make {pl garment} for {pl animal}
+  For whom ~do {S} make {pl garment}? = for {pl animal}
+  What ~do {S} make? = {pl garment}
+{S} was founded in {year} by {person}, {a job}
+  Who founded {S}? = {person}
+  When was {S} founded? = in {year}
+{S} ~meet every {day} in the {room} of the {building}
+  On which day ~do {S} meet? = on {day}
+  Where ~do {S} meet? = in the {room} of the {building}
+{S} ~have {number} members and one {animal}
+  How many members ~do {S} have? = {number}
+  Which animal ~do {S} have? = {a animal}
+{S} ~travel in {a colour} {vehicle}
+  In what ~do {S} travel? = in {a colour} {vehicle}
+  What colour ^be the {vehicle} of {S}? = {colour}
+new members of {S} must (eat|bring|cook) {food}
+  What must new members of {S} [0]? = {food}
+the (treasurer|secretary|chairman) of {S} ^be {person}, who ^be {a job}
+  Who ^be the [0] of {S}? = {person}
+  What is {person} by profession? = {a job}
+{S} ~pay its members in {food}
+  In what ~do {S} pay its members? = in {food}
+{S} won {a thing} at the {event} of {town}
+  What did {S} win? = {a thing}
+  Where did {S} win {a thing}? = at the {event} of {town}
+{S} lent its {instrument} to the {job} of {town}
+  What did {S} lend? = its {instrument}
+  To whom did {S} lend its {instrument}? = to the {job} of {town}
+"""
+
+EVENT_FACTS = """
+{S} ~begin at {time} {where}
+  When ~do {S} begin? = at {time}
+  Where ~do {S} begin? = {where}
+last year {S} was won by {a job}, {person}
+  Who won {S} last year? = {person}
+  What was the profession of last year's winner of {S}? = {a job}
+the year before, {S} was won by {a job} riding {a animal}
+  What did the winner of {S} ride the year before? = {a animal}
+the prize of {S} ^be {a colour} {object}
+  What ^be the prize of {S}? = {a colour} {object}
+the losers of {S} must (eat|buy everyone) {food}
+  What must the losers of {S} [0]? = {food}
+{S} was invented by {person} in {year}
+  Who invented {S}? = {person}
+  When was {S} invented? = in {year}
+everybody who comes to {S} ^bring {a object}
+  What does everybody bring to {S}? = {a object}
+{S} ~be opened by {a job} with {a instrument}
+  Who opens {S}? = {a job}
+  With which instrument ^be {S} opened? = with {a instrument}
+{S} was once stopped by {a animal}
+  What once stopped {S}? = {a animal}
+the judge of {S} ^be {person}, who cannot stand {food}
+  Who ^be the judge of {S}? = {person}
+  What can {person} not stand? = {food}
+{S} ~take place every {season} in honour of {a animal}
+  In what season ~do {S} take place? = in {season}
+  In honour of which animal ~do {S} take place? = {a animal}
+"""
+# ---- sentence frames -------------------------------------------------------------------------------------------------
+
+# The fact "{S} ~be the {job} of {town}", in sentences that introduce a person. {vp}: the verb phrase of a second fact.
+INTRODUCTIONS = """
+{S} ~be the {job} of {town}
+in {town} there ^live {a job} (called|by the name of) {S}
+the {job} of {town} ^be called {S}
+the {job} of {town}, {S}, {vp}
+{S}, the {job} of {town}, {vp}
+{S}, who ^work as {a job} in {town}, {vp}
+{a job} from {town}, {S}, {vp}
+everybody in {town} ^know {S}, the {job}
+(few|not many) people in {town} remember how {S} became the {job}
+as the {job} of {town}, {S} ^have little time, and yet {he} {vp}
+{town} ^have {a job}, {S}, who {vp}
+when the old {job} of {town} retired, {S} took over
+the {job} in {town} ^be {S}, and (nobody has ever complained|the whole town ^be glad of it)
+(at the end of the valley|a mile from the sea|where the road ends) ^lie {town}, where {S} ^be the {job}
+for many years {town} had no {job}, until {S} arrived
+{S} ~be not only the {job} of {town}: {he} {vp}
+of all the people in {town}, the {job}, {S}, ^be the one who {vp}
+if you need {a job} in {town}, you go to {S}
+nobody in {town} ^know the {job}, {S}, better than the postman
+the {job} who ^work in {town} ^be {S}
+"""
+PLACE_INTRODUCTIONS = """
+in {town} there ^be {a noun}, {which}
+{town} ^have {a noun}, {which}
+(travellers|visitors|strangers) who come to {town} are (first|always) shown the {noun}, {which}
+the pride of {town} ^be its {noun}, {which}
+not far from the station of {town} ^stand {a noun}, {which}
+there are few reasons to visit {town}, but one of them ^be the {noun}, {which}
+"""
+
+# What may stand before a clause, and what may follow one.
+BEFORE = split_list("""of course|as it happens|strangely enough|oddly enough|as everybody knows|so people say|for some reason|
+    it is no secret that|everybody knows that|few people know that|it is true that|the newspaper wrote that|
+    the postman says that|(a visitor|an old woman) once noticed that|it may sound odd, but|in all these years|
+    if the old (register|chronicle) can be trusted,|to the surprise of all,|to the annoyance of the mayor,|
+    for reasons of thrift,|without asking anyone,|no one can say why, but|by all accounts,|besides,|moreover,|
+    in spite of everything,|at the same time|as a rule|it is written in the parish book that""")
+AFTER = split_list(""", (although|even though) {reason}|, because {reason}|, (which|and this) (surprises|annoys|pleases|amuses)
+    (nobody|everyone|the mayor|the neighbours|the tourists)|, and (nobody|no one) (knows why|has ever asked why|minds)|
+    , so (people|the neighbours|the children) say|, and the whole (street|town|valley) talks about it|
+    , as (the neighbours|two witnesses|old letters) confirm|, and not everybody likes it|, for better or worse|
+    , at least since {reason}|, and that is all that is known|, which is hardly surprising""")
+
+WRONG = """
+(many people|most strangers|some people) (think|believe|say) that {wrong}, but (that is not true|this is a mistake): {right}
+the (guidebook|newspaper|sign at the station) (says|claims|states) that {wrong}; (in fact|in truth) {right}
+it (was once|is often) said that {wrong}, but {right}
+it is not true that {wrong}, for {right}
+(contrary to what one hears|contrary to the rumour), it is wrong that {wrong}; {right}
+a letter in the archive says that {wrong}, but it was corrected later: {right}
+there is a rumour that {wrong}, yet (everyone can see that|it is a fact that) {right}
+"""
+
+SPEECH = """
+"{clause}," {says} {S}
+"{clause}," {S} {says}
+"{clause}," {says} {S}, "and I always will"
+{S} {says}: "{clause}"
+"you see," {says} {S}, "{clause}"
+"it is quite simple," {says} {S}. "{clause}"
+"{clause}, whatever people say," {says} {S}
+"""
+
+# Sentences that hold no fact anyone asks for.
+ABOUT_PERSON = """
+{he} ~have never said a word about it
+{he} ~be not sorry about it
+(people|the neighbours|the children) like {him} all the same
+(nobody|no one) has ever seen {him} in a hurry
+{he} ~talk about it to everyone who will listen
+on (warm|cold|quiet|long) evenings {he} ~sit (by the stove|on the steps|at the open window) and ~say nothing
+there was a time when {he} wanted to move away, but {he} (stayed|never did)
+(the mayor|the doctor|a cousin) once tried to talk {him} out of it
+it ^take {him} (an hour|half a day|a whole week), but {he} ~have time
+{he} ~laugh when (somebody asks|the children ask|strangers ask) about it
+for this {he} was once (mentioned in the newspaper|invited to the capital|thanked by a minister)
+what {he} ~want most ^be (peace|a little quiet|a long holiday)
+{his} mother was just like that
+(nothing|hardly anything) could make {him} change {his} mind
+it ^be not an easy life, but {he} would not want another one
+{he} ~have many (visitors|friends|enemies), and they all bring (news|gossip|questions)
+some say that {he} ~be rich, but {his} shoes say otherwise
+the rest of {his} story is soon told
+{he} ~sing while {he} ~work, though not well
+{he} ~hope to retire (soon|in a few years|before the next flood)
+those who know {him} (smile|shake their heads|are used to it)
+"""
+ABOUT_ANY = """
+nobody remembers who had the idea
+it has always been like that
+(the council|the parish|a committee) has discussed it (twice|many times|all winter)
+(tourists|schoolchildren|students) come to take photographs
+in the past things were different
+there has been only one accident in all that time
+it costs nothing, and everyone is welcome
+that is how things are done there
+(some|many) people come from far away to see it
+nothing much has changed since
+the (newspapers|guidebooks) hardly mention it
+it (rains|snows) there more than anywhere else
+when the wind blows from the west, one can hear it (a mile away|as far as the coast|in the next valley)
+an engineer was asked for advice, but he only shook his head
+it could have been worse
+those who have seen it do not forget it
+the old people still speak of it
+(children|visitors) are warned not to come too close
+"""
+PROSE = """
+the {weather} had {adverb} (left|gone) by the time the {people} (came back|went home|woke up)
+(on the other side of|beyond|along|above) the {scene} the {scene2} (lay|stretched|rose) (in the sun|in the dark|without a sound)
+it was (one of those|a day like other) (days|mornings|evenings) (when|on which) the {scene} looks {look}
+the {people} of the {scene} had seen {manner} (years|winters|summers), and they did not (complain|worry|talk) much
+a {look} light fell on the {scene}, and somewhere a (door|gate|shutter|window) (banged|closed|creaked)
+there was (a smell|a faint smell) of {smell} in the air, and the {people} spoke {adverb}
+in those (days|years) the (road|path|track) to the {scene} was {look} and hardly used
+some of the {people} wanted to (leave|stay|wait|turn back), others did not (care|know|answer)
+the {scene} was {look}, as it (always|often|usually) is at that time of the year
+the (train|bus|cart) was late again, so the {people} (waited|stood|sat) {adverb} (under the roof|in the shade|by the wall)
+what happens (beyond|behind|above) the {scene} is of little interest to the {people}
+(from time to time|now and then|once in a while) a {creature} (called|moved|cried) in the {scene}
+(nobody|no one) had (swept|repaired|painted) the {things} for a long time, and they looked {look}
+the {things} were {look}, the {things2} were {look2}, and the {people} had grown used to both
+it would be (easy|hard|foolish) to describe the {scene} to somebody who has never been there
+{adverb} the {people} began to (talk|sing|argue|pack), and after an hour it was (quiet|dark|late) again
+the {scene} has changed (little|much) since then: the {things} are gone, and the {things2} have become {look}
+a (long|narrow|steep|winding) path leads past the {scene} to a {scene2} that most {people} avoid
+(when|whenever) the {weather} comes, the {people} carry the {things} inside and wait
+there are (maps|books|songs|sayings) about the {scene}, but most of them are {look}
+the (sea|river|lake) was {look} that morning, and the {things} on the shore were {look2}
+"(wait|listen|come in|look)," said one of the {people}, and then for a while nothing was heard but the {weather}
+the {people} agree that the {scene} is too {look} and the {scene2} not {look2} enough
+of the old {things} only a few are left; the others were (sold|burned|given away|forgotten)
+(one|you) could see the {scene} from the {scene2}, but only when there was no {weather}
+some (days|weeks) pass without {weather}, and then the {scene} turns {look}
+the {people} have a word for this kind of {weather}, but it cannot be translated
+(though|although) the {scene} is {look}, the {people} like to walk there (after supper|before breakfast|on holidays)
+it is (said|written|told) that the {scene} was once {look}, and that the {people} were {comparative} then
+behind the {scene} somebody had piled up {things}, and a {creature} slept on top of them
+all (day|night|morning) the {things} rattled in the wind, and the {creature} in the {scene} kept still
+a (boy|girl|man|woman) with a (basket|lamp|stick|letter) crossed the {scene} without looking at the {things}
+the (council|owner|church) has promised new {things}, but the {people} do not (believe|expect) it
+even the {things} seemed {look} that (day|evening|year), and the {scene} more so
+to the (north|south|east|west) the {scene} ends, and a {look} {scene2} begins
+the (first|last) guests brought {things}, and they were thanked {adverb}
+after the {weather} the {scene} smelled of {smell}, and the {people} opened their windows
+not every {creature} likes the {scene}, but some {people} do
+for a long time there was nothing to (do|see|hear) except the {scene} and the {weather}
+if the {weather} lasts, the {scene} will be {look} before the week is over
+"""
+PROSE_WORDS = {
+    "weather": "rain fog snow wind storm heat frost sunshine drizzle hail thunder mist dust haze cold",
+    "people": """farmers fishermen travellers guests soldiers children workers shepherds traders nuns students sailors
+        neighbours musicians pilgrims tourists carpenters hikers clerks gardeners widows villagers""",
+    "scene": """valley forest hillside shore harbour plain moor river-bank village meadow street courtyard canyon square
+        garden heath station ridge bay field cliff lane marsh park pass island suburb quay pasture avenue clearing""",
+    "look": """pale grey empty wide quiet strange bright dark muddy frozen dusty green bare silent gloomy pretty wet broken
+        ordinary narrow steep lonely foreign calm peaceful dull soft misty crowded neat shabby warm""",
+    "things": """boats fences carts walls roofs benches lamps signs barrels chairs nets tents wheels stones crates flags
+        stairs ropes ladders tables curtains sheds chimneys tiles sacks steps gates posters shelves""",
+    "adverb": """slowly quietly early finally gladly already suddenly hardly patiently politely silently calmly almost
+        secretly anxiously gently eagerly wearily carefully happily""",
+    "smell": """smoke hay tar salt bread leather apples wet wool coffee mud resin soap pepper roses fish paint dust straw
+        oil cinnamon moss""",
+    "manner": "hard strange cold rich slow poor bad good terrible glorious",
+    "comparative": "colder prouder poorer louder wilder stronger happier kinder braver lazier taller",
+    "creature": "bird fox dog frog gull sheep horse cuckoo cat owl cow magpie toad wren stag hound",
+}
+# ---- the two splits --------------------------------------------------------------------------------------------------
+
+SHARED = 12  # a list of words with fewer items belongs to both splits
+
+
+def held_out(name):
+    """Whether a name is kept for the test split: one in five, by its spelling alone."""
+    return hashlib.sha256(name.encode()).digest()[0] % 5 == 0
+
+
+def part(items, split, shared=SHARED):
+    """The items of a split: every fifth is for the test split, the others are for training."""
+    if len(items) < shared:
+        return list(items)
+    return [item for i, item in enumerate(items) if (i % 5 == 4) == (split == "test")]
+
+
+class Rule(NamedTuple):
+    """A fact as a template. questions: (question, short answer)."""
+
+    key: str
+    clause: str
+    questions: list
+
+
+def rules(name, text):
+    out = []
+    for line in text.strip().split("\n"):
+        if line.startswith(" "):
+            out[-1].questions.append(tuple(line.strip().rsplit(" = ", 1)))
+        else:
+            out.append(Rule(f"{name}{len(out) + 1}", line, []))
+    return out
+
+
+def numbered(name, text):
+    """The lines of a text with a key each."""
+    return [(f"{name}{i + 1}", line) for i, line in enumerate(text.strip().split("\n"))]
+
+
+class Bank:
+    """The words and the templates of one split. `forbidden`: names, in lower case, that no text may have."""
+
+    def __init__(self, split, forbidden):
+        self.split = split
+
+        def allowed(text):
+            return not any(word[0].isupper() and word.lower() in forbidden for word in re.findall(r"[^\W\d_]+", text))
+
+        def own(names):
+            return sorted(n for n in set(names) if held_out(n) == (split == "test") and allowed(n))
+
+        def made(parts, ends):
+            return own(a + b for a in parts for b in ends if a[-1].lower() != b[0])
+
+        def mixed(ordinary, invented):  # as many of one sort as of the other
+            ordinary = own(ordinary)
+            return invented + ordinary * max(1, len(invented) // len(ordinary))
+
+        # In a list that spaces separate, a hyphen stands for a space: post-office.
+        self.words = {
+            kind: [w.replace("-", " ") if "|" not in text else w for w in part(split_list(text), split) if allowed(w)]
+            for kind, text in WORDS.items()
+        }
+        self.women = mixed(WOMEN, made(FIRST, WOMAN_END))
+        self.men = mixed(MEN, made(FIRST, MAN_END))
+        self.last, self.towns = made(LAST, LAST_END), made(TOWN, TOWN_END)
+        self.rules = {name: part(rules(name, text), split, 5) for name, text in FACTS.items()}
+        self.lines = {name: part(numbered(name, text), split, 5) for name, text in LINES.items()}
+        self.before, self.after = part(BEFORE, split), part(AFTER, split)
+        self.prose_words = {kind: text.split() for kind, text in PROSE_WORDS.items()}
+
+
+# ---- grammar ---------------------------------------------------------------------------------------------------------
+
+PAST = dict(
+    pair.split("=")
+    for pair in """keep=kept leave=left sleep=slept eat=ate drink=drank wear=wore sell=sold grow=grew sit=sat write=wrote
+    get=got swim=swam pay=paid speak=spoke make=made teach=taught have=had do=did say=said stand=stood send=sent run=ran
+    hang=hung lie=lay lose=lost steal=stole take=took know=knew ride=rode cost=cost begin=began bring=brought go=went
+    hide=hid lead=led may=might swear=swore tell=told build=built find=found meet=met sing=sang drive=drove hear=heard
+    buy=bought think=thought travel=travelled stop=stopped practise=practised""".split()
+)
+
+
+def inflect(verb, person, past):
+    """person: "3" (he keeps), "1" (I keep) or "p" (they keep)."""
+    if verb == "be":
+        if past:
+            return "were" if person == "p" else "was"
+        return {"3": "is", "1": "am", "p": "are"}[person]
+    if verb == "was":  # past in every story
+        return "were" if person == "p" else "was"
+    if past:
+        if verb in PAST:
+            return PAST[verb]
+        if verb.endswith("e"):
+            return verb + "d"
+        return verb[:-1] + "ied" if verb[-1] == "y" and verb[-2] not in "aeiou" else verb + "ed"
+    if person != "3" or verb == "may":
+        return verb
+    if verb in ("have", "go", "do"):
+        return {"have": "has", "go": "goes", "do": "does"}[verb]
+    if verb[-1] == "y" and verb[-2] not in "aeiou":
+        return verb[:-1] + "ies"
+    return verb + ("es" if verb.endswith(("s", "sh", "ch", "x", "z", "o")) else "s")
+
+
+def article(noun):
+    """The noun with "a" or "an". No word of the lists has a silent h or begins like "unit" except those named."""
+    word = noun.lower()
+    vowel = word[0] in "aeio" or (word[0] == "u" and not word.startswith(("uni", "uku")))
+    return ("an " if vowel and not word.startswith(("one-", "ewe")) else "a ") + noun
+
+
+def plural(noun):
+    if noun.endswith("man"):
+        return noun[:-3] + "men"
+    if noun in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[noun]
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+
+
+IRREGULAR_PLURALS = {"bagpipes": "bagpipes", "reindeer": "reindeer", "scarf": "scarves", "tomato": "tomatoes", "bellows": "bellows"}  # fmt: skip
+
+
+def capital(text):
+    """The text with its first letter as a capital; a quotation mark may stand before it."""
+    for i, c in enumerate(text[:3]):
+        if c.isalnum():
+            return text[:i] + c.upper() + text[i + 1 :]
+    return text
+
+
+def sentence(text):
+    text = capital(text)
+    if text[-1] in ".?!":
+        return text
+    if text[-1] == '"':
+        return (
+            text
+            if text[-2] in ".?!,:"
+            else text[:-1] + '."'
+            if text.count('"') % 2 == 0 and ': "' in text
+            else text + "."
+        )
+    return text + "."
+
+
+CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
+MARK = re.compile(r"\{(S|S's|he|him|his|himself)\}|([~^=])(\w+)")
+SLOT = re.compile(r"\{([a-z][^{}]*)\}")
+OWNED = re.compile(r"\{S's\} ([\w' ,-]+?)(?= [~^=]|\?|\.|$| (?:of|called|made|to|in|for|by|on) )")
+PRONOUNS = frozenset(["he", "him", "his", "himself"])
+
+
+class Spent(Exception):
+    """No word of this kind is left that the passage does not have yet."""
+
+
+class Draw:
+    """One tree's random choices. A word is drawn once for a passage, so that an answer is never ambiguous."""
+
+    def __init__(self, bank, rng):
+        self.bank, self.rng, self.used, self.templates = bank, rng, set(), []
+
+    def chance(self, p):
+        return self.rng.random() < p
+
+    def pick(self, items):
+        return items[int(self.rng.random() * len(items))]
+
+    def between(self, low, high):
+        return low + int(self.rng.random() * (high - low + 1))
+
+    def line(self, name):
+        """A line of this name, and its template is noted."""
+        key, text = self.pick(self.bank.lines[name])
+        self.templates.append(key)
+        return self.choose(text)[0]
+
+    def fresh(self, items):
+        for _ in range(12):
+            item = self.pick(items)
+            if item not in self.used:
+                self.used.add(item)
+                return item
+        raise Spent
+
+    def choose(self, text):
+        """The text with each (a|b) replaced by one of them, and those that were chosen."""
+        chosen = []
+
+        def one(match):
+            chosen.append(self.pick(match[1].split("|")))
+            return chosen[-1]
+
+        while "|" in text:
+            text = CHOICE.sub(one, text)
+        return text, chosen
+
+    def value(self, kind):
+        """A word or phrase of this kind that the passage does not have yet."""
+        if kind in self.bank.words:
+            return self.fresh(self.bank.words[kind])
+        return getattr(self, kind)()
+
+    def thing(self):
+        return (
+            f"{self.fresh(self.bank.words['adjective'])} {self.value('object')}"
+            if self.chance(0.6)
+            else self.value("object")
+        )
+
+    def town(self):
+        name = self.fresh(self.bank.towns)
+        if self.chance(0.25):
+            name = (
+                self.pick(["Upper", "Lower", "Great", "Little", "Old", "Saint", "Port", "North", "West"]) + " " + name
+            )
+        return name
+
+    def ship(self):
+        return f"{self.value('ship_adjective')} {self.value('ship_noun')}"
+
+    def person(self):
+        return self.name(self.chance(0.5))
+
+    def name(self, woman):
+        first = self.fresh(self.bank.women if woman else self.bank.men)
+        return f"{first} {self.fresh(self.bank.last)}"
+
+    def where(self):
+        r = self.rng.random()
+        if r < 0.45:
+            return (
+                self.pick(["behind", "beside", "opposite", "near", "next to", "close to", "above"])
+                + f" the {self.value('landmark')}"
+            )
+        if r < 0.75:
+            return (
+                self.pick(
+                    [
+                        "behind",
+                        "beside",
+                        "opposite",
+                        "in the yard of",
+                        "on the roof of",
+                        "in front of",
+                        "at the back of",
+                        "in the cellar of",
+                    ]
+                )
+                + f" the {self.value('building')}"
+            )
+        if r < 0.9:
+            return f"between the {self.value('landmark')} and the {self.value('building')}"
+        return f"at the end of {self.value('street')}"
+
+    def number(self):
+        return self.fresh(NUMBERS) if self.chance(0.85) else self.fresh(TENS) + "-" + self.pick(NUMBERS[:8])
+
+    def year(self):
+        return self.fresh(YEARS)
+
+    def day(self):
+        return self.fresh(DAYS)
+
+    def month(self):
+        return self.fresh(MONTHS)
+
+    def season(self):
+        return self.fresh(SEASONS)
+
+    def kin(self):
+        return self.fresh(KIN)
+
+    def sum(self):
+        return f"{self.fresh(NUMBERS)} {self.pick(COINS)}"
+
+    def time(self):
+        r = self.rng.random()
+        if r < 0.4:
+            return self.fresh(
+                ["noon", "midnight", "dawn", "sunset", "daybreak", "dusk", "tea-time", "low tide", "high tide"]
+            )
+        if r < 0.7:
+            return self.pick(["half past ", "a quarter past ", "a quarter to ", "ten past "]) + self.fresh(NUMBERS[:10])
+        return self.fresh(NUMBERS[:10]) + " o'clock"
+
+    def noun(self):
+        raise AssertionError("a noun is given")
+
+    def fill(self, text, values, chosen=()):
+        """The text with each slot of words filled: from `values`, which also keeps what is drawn."""
+
+        def one(match):
+            slot = match[1]
+            if slot in PRONOUNS:
+                return match[0]
+            how, _, key = slot.rpartition(" ")
+            key, possessive = (key[:-2], True) if key.endswith("'s") else (key, False)
+            if key not in values:
+                values[key] = self.value(key.rstrip("0123456789"))
+            word = values[key]
+            if how == "a":
+                return article(word)
+            if how == "pl":
+                return plural(word)
+            return word + "'s" if possessive else word
+
+        for i, choice in enumerate(chosen):
+            text = text.replace(f"[{i}]", choice)
+        return SLOT.sub(one, text)
+
+
+# ---- subjects and facts ----------------------------------------------------------------------------------------------
+
+
+class Subject:
+    """Whom facts are about. full: the name that questions use; short: what the passage may call it later; noun: what a
+    description begins with, as in "the woman who keeps goats"."""
+
+    def __init__(self, kind, full, short, pronouns, noun):
+        self.kind, self.full, self.short, self.noun = kind, full, list(short), noun
+        self.he, self.him, self.his = pronouns
+        self.facts = []
+        self.job = None
+
+
+SHE, HE, IT, THEY = ("she", "her", "her"), ("he", "him", "his"), ("it", "it", "its"), ("they", "them", "their")
+
+
+def put(text, subject, ref, past):
+    """The text about a subject that is called `ref`: its name, a description, a pronoun or "I"."""
+    first = ref == "I"
+    if "{S's}" in text and (" of " in ref or "'s" in ref or len(ref) > 30):  # not "the goat of Ruth's best friend"
+        text = OWNED.sub(r"the \1 of {S}", text)
+
+    def one(match):
+        slot, mark, verb = match[1], match[2], match[3]
+        if mark:
+            person = "p" if mark == "=" else "1" if mark == "~" and first else "3"
+            return inflect(verb, person, past)
+        if slot == "S":
+            return ref
+        if slot == "S's":
+            return "my" if first else subject.his if ref == subject.he else ref + "'s"
+        if first:
+            return {"he": "I", "him": "me", "his": "my", "himself": "myself"}[slot]
+        if slot == "himself":
+            return subject.him + "self"
+        return {"he": subject.he, "him": subject.him, "his": subject.his}[slot]
+
+    return MARK.sub(one, text)
+
+
+class Fact:
+    """A rule with its words. clause: with the subject's marks still in it."""
+
+    def __init__(self, draw, rule, subject, values=None):
+        self.rule, self.subject = rule, subject
+        self.pattern, self.chosen = draw.choose(rule.clause)
+        self.values = dict(values or {})
+        self.clause = draw.fill(self.pattern, self.values, self.chosen)
+        self.verbal = self.clause.startswith("{S} ~")  # may follow "who"
+        self.owned = self.clause.startswith("{S's} ")  # may follow "whose"
+        self.timed = re.search(TIMED, self.clause) is not None
+        self.said = None  # the sentence that states it
+
+    def vp(self):
+        """The verb phrase, for "who ..."; only where `verbal`."""
+        return self.clause[4:]
+
+    def wrong(self, draw):
+        """The clause with one word changed, or None."""
+        keys = [k for k in self.values if k.rstrip("0123456789") in draw.bank.words]
+        if not keys:
+            return None
+        values = dict(self.values)
+        key = draw.pick(keys)
+        values[key] = draw.value(key.rstrip("0123456789"))
+        return draw.fill(self.pattern, values, self.chosen)
+
+
+TIMED = re.compile(
+    r"\b(every|once|before|when|whenever|year|winter|summer|spring|autumn|night|morning|last|until|while|at|in \d+|"
+    r"used to|never|always|still|often|[A-Z][a-z]+days?)\b"
+)
+YEARS = [str(y) for y in range(1683, 1990)]
+COINS = "coins crowns pennies shillings dollars francs marks guilders".split()
+# ---- stories ---------------------------------------------------------------------------------------------------------
+
+
+def new_person(draw, past):
+    woman = draw.chance(0.5)
+    full = draw.name(woman)
+    first, last = full.split()
+    short = [first, first, f"{'Mrs' if woman else 'Mr'} {last}"]
+    title = draw.rng.random()
+    if title < 0.12:
+        full = draw.pick(["Doctor ", "Professor ", "Captain ", "Old ", "Sister " if woman else "Father "]) + full
+    s = Subject(
+        "person", full, short, SHE if woman else HE, draw.pick(["woman", "person"] if woman else ["man", "person"])
+    )
+    if draw.chance(0.75):
+        s.job, s.town = draw.value("job"), draw.town()
+    return s
+
+
+def new_place(draw, past):
+    noun, town = draw.pick([draw.value("building"), draw.value("shop")]), draw.town()
+    s = Subject("place", f"the {noun} {draw.pick(['of', 'of', 'in'])} {town}", [f"the {noun}"], IT, noun)
+    s.noun_at = (noun, town)
+    return s
+
+
+def new_town(draw, past):
+    town = draw.town()
+    if draw.chance(0.4):
+        return Subject("town", f"the {draw.pick(['village', 'town', 'island', 'port'])} of {town}", [town], IT, "place")
+    return Subject("town", town, [town], IT, "town")
+
+
+def new_animal(draw, past):
+    animal, pet = draw.value("animal"), draw.value("pet")
+    r = draw.rng.random()
+    if r < 0.4:
+        return Subject("animal", f"{pet} the {animal}", [pet], draw.pick([SHE, HE, IT]), animal)
+    if r < 0.7:
+        return Subject("animal", f"the {animal} {pet}", [pet, f"the {animal}"], IT, animal)
+    return Subject("animal", f"{draw.person()}'s {animal}", [f"the {animal}"], IT, animal)
+
+
+def new_thing(draw, past):
+    thing = draw.thing()
+    owner = draw.town() if draw.chance(0.5) else draw.person()
+    return Subject("thing", f"the {thing} of {owner}", [f"the {thing.split()[-1]}"], IT, "thing")
+
+
+def new_group(draw, past):
+    what = draw.pick(
+        ["{instrument} band", "{hobby} club", "{job}s' guild", "society for {study}", "choir", "{garment} company"]
+    )
+    name = draw.fill(what, {})
+    return Subject(
+        "group",
+        f"the {name} of {draw.town()}",
+        [f"the {name.split()[-1] if 'for' not in name else 'society'}"],
+        IT,
+        "group",
+    )
+
+
+def new_event(draw, past):
+    event = draw.value("event")
+    return Subject("event", f"the {event} of {draw.town()}", [f"the {event.split()[-1]}"], IT, "event")
+
+
+NEW = dict(person=new_person, place=new_place, town=new_town, animal=new_animal, thing=new_thing, group=new_group,
+           event=new_event)  # fmt: skip
+HOME = Rule("home", "{S} ~be the {job} of {town}", [
+    ("(What ^be {S's} (job|profession|trade)|What ~do {S} do for a living)?", "{a job}"),
+    ("In which (town|place) ~do {S} work as {a job}?", "in {town}"),
+])  # fmt: skip
+
+
+class Told(NamedTuple):
+    """A sentence of a passage and the facts in it."""
+
+    text: str
+    facts: tuple
+
+
+class Story:
+    """A passage about a few subjects. told: its sentences in order, paragraph by paragraph."""
+
+    def __init__(self, draw, subjects, facts_each, past=None, mixed=None, rivals=0.5):
+        self.draw = draw
+        self.past = draw.chance(0.25) if past is None else past
+        self.mixed = draw.chance(0.25) if mixed is None else mixed
+        self.subjects, self.paragraphs = [], []
+        for kind in subjects:
+            try:
+                self.add(kind, facts_each, rivals)
+            except Spent:
+                continue
+        self.facts = [f for s in self.subjects for f in s.facts]
+
+    def add(self, kind, facts_each, rivals):
+        draw = self.draw
+        subject = NEW[kind](draw, self.past)
+        pool = draw.bank.rules[kind]
+        same = [f.rule for s in self.subjects if s.kind == kind for f in s.facts if f.rule.key != "home"]
+        chosen, acts = [], set()
+        want = min(draw.between(*facts_each), len(pool))
+        if subject.job:
+            subject.facts.append(Fact(draw, HOME, subject, dict(job=subject.job, town=subject.town)))
+        for _ in range(3 * want):
+            if len(chosen) >= want:
+                break
+            rule = draw.pick(same) if same and draw.chance(rivals) else draw.pick(pool)
+            # Two facts of one verb would make some questions ambiguous: "What does she sell?"
+            act = re.search(r"\{S\} ~?(?:have )?(\w+)", rule.clause)
+            act = act and act[1] not in ("be", "was", "have") and act[1]
+            if rule in chosen or act and act in acts or subject.job and "worked as" in rule.clause:
+                continue
+            try:
+                fact = Fact(draw, rule, subject)
+            except Spent:
+                continue
+            chosen.append(rule)
+            acts.add(act)
+            subject.facts.append(fact)
+        if not chosen:
+            raise Spent
+        self.subjects.append(subject)
+
+    # ---- a subject's sentences ----
+
+    def ref(self, s, first):
+        """What the subject is called in the next sentence."""
+        r = self.draw.rng.random()
+        if first:
+            return s.full
+        if self.mixed:
+            return s.full if r < 0.5 else self.draw.pick(s.short)
+        return s.he if r < 0.6 else self.draw.pick(s.short) if r < 0.87 else s.full
+
+    def paragraph(self, s):
+        draw, past, out = self.draw, self.past, []
+        todo = list(s.facts)
+        home = todo.pop(0) if s.job else None
+        draw.rng.shuffle(todo)
+        say = lambda text, ref: put(text, s, ref, past)  # noqa: E731
+
+        def take(test):
+            for i, f in enumerate(todo):
+                if test(f):
+                    return todo.pop(i)
+            return None
+
+        if home:
+            key, text = draw.pick(draw.bank.lines["introduction"])
+            facts = [home]
+            if "{vp}" in text:
+                second = take(lambda f: f.verbal)
+                if second is None:
+                    key, text = "", "{S} ~be the {job} of {town}"
+                else:
+                    facts.append(second)
+                    text = text.replace("{vp}", second.vp())
+            text = draw.fill(draw.choose(text)[0], dict(home.values))
+            out.append(Told(sentence(say(text, s.full)), tuple(facts)))
+            if key:
+                draw.templates.append(key)
+            s.short.append(f"the {s.job}")
+        elif s.kind == "place" and draw.chance(0.5):
+            second = take(lambda f: f.verbal or f.owned)
+            if second is not None:
+                key, text = draw.pick(draw.bank.lines["place_introduction"])
+                noun, town = s.noun_at
+                which = "which " + second.vp() if second.verbal else "whose " + second.clause[6:]
+                text = draw.fill(draw.choose(text)[0].replace("{which}", "@"), dict(noun=noun, town=town)).replace(
+                    "@", which
+                )
+                out.append(Told(sentence(say(text, s.full)), (second,)))
+                draw.templates.append(key)
+        while todo:
+            first = not out
+            f = todo.pop(0)
+            ref = self.ref(s, first)
+            if ref == s.he and not f.clause.startswith("{S"):  # not "the people of it"
+                ref = draw.pick(s.short)
+            r = draw.rng.random()
+            text, facts = None, (f,)
+            if f.verbal and r < 0.14 and (g := take(lambda x: x.verbal)):
+                facts = (f, g)
+                text = say(draw.pick([
+                    f"{{S}}, who {f.vp()}, {g.vp()}", f"{{S}} {f.vp()} and {g.vp()}", f"{{S}} {f.vp()}, but {{he}} {g.vp()}",
+                    f"{{S}} {f.vp()} and also {g.vp()}", f"{{S}} {f.vp()}, and besides {g.vp()}",
+                    f"{{S}} {f.vp()}; besides, {{he}} {g.vp()}",
+                ][1 if ref == s.he else 0 :]), ref)  # fmt: skip
+                if s.kind != "person":
+                    text = text.replace(", who ", ", which ")
+            elif f.owned and r < 0.2 and ref != s.he and (g := take(lambda x: x.verbal)):
+                facts = (f, g)
+                text = say(f"{{S}}, whose {f.clause[6:]}, {g.vp()}", ref)
+            elif r < 0.3 and (g := take(lambda x: True)):
+                facts = (f, g)
+                link = draw.pick([", and ", ", and ", "; ", ", but ", " and ", ", and as everyone knows, "])
+                text = (
+                    say(f.clause, ref) + link + say(g.clause, s.he if g.clause.startswith("{S") else draw.pick(s.short))
+                )
+            elif r < 0.4 and (wrong := self.wrong(f)):
+                key, frame = draw.pick(draw.bank.lines["wrong"])
+                draw.templates.append(key)
+                right = say(f.clause, s.he if draw.chance(0.5) else ref)
+                text = draw.choose(frame)[0].replace("{right}", right).replace("{wrong}", say(wrong, ref))
+            elif r < 0.5 and s.kind == "person" and (f.verbal or f.owned) and '"' not in f.clause:
+                key, frame = draw.pick(draw.bank.lines["speech"])
+                draw.templates.append(key)
+                clause = put(f.clause, s, "I", False)
+                if frame.startswith('"{') or '"{clause}"' in frame and ": " in frame:
+                    clause = capital(clause)
+                elif frame.endswith('. "{clause}"'):
+                    clause = capital(clause)
+                if ref == s.he:
+                    frame = frame.replace("{says} {S}", "{S} {says}")
+                says = draw.pick(["say", "explain", "answer", "admit", "repeat", "insist"])
+                text = frame.replace("{clause}", clause).replace("{says}", inflect(says, "3", past)).replace("{S}", ref)
+                if text.endswith('"'):
+                    text = text[:-1] + '."'
+            else:
+                text = say(f.clause, ref)
+                if f.verbal and r > 0.8 and not f.timed:
+                    text += draw.fill(draw.choose(draw.pick(draw.bank.after))[0], {})
+                elif r > 0.6 and not first and not f.timed:
+                    text = draw.choose(draw.pick(draw.bank.before))[0] + " " + text
+                elif r > 0.55 and f.verbal and not first and not f.timed:
+                    text = draw.pick(SINCE) + " " + text
+            out.append(Told(sentence(text), facts))
+            if draw.chance(0.22):
+                name = "about_person" if s.kind == "person" and draw.chance(0.6) and not self.mixed else "about_any"
+                key, text = draw.pick(draw.bank.lines[name])
+                out.append(Told(sentence(say(draw.choose(text)[0], s.he)), ()))
+        return out
+
+    def wrong(self, f):
+        try:
+            return f.wrong(self.draw)
+        except Spent:
+            return None
+
+    def write(self, words, breaks):
+        """Writes the paragraphs, and prose between them until there are about so many words. The passage's text."""
+        draw = self.draw
+        paragraphs = [self.paragraph(s) for s in self.subjects]
+        if self.mixed and len(paragraphs) > 1:  # all heads first, then the rest in any order
+            rest = [t for p in paragraphs for t in p[1:]]
+            draw.rng.shuffle(rest)
+            paragraphs = [[p[0] for p in paragraphs] + rest]
+        count = sum(len(t.text.split()) for p in paragraphs for t in p)
+        while count < words:
+            block = [Told(prose(draw), ()) for _ in range(draw.between(1, 5))]
+            count += sum(len(t.text.split()) for t in block)
+            at = draw.between(0, len(paragraphs))
+            if draw.chance(0.5) or at == len(paragraphs):
+                paragraphs.insert(at, block)
+            else:
+                inside = draw.pick([0, len(paragraphs[at])])
+                paragraphs[at][inside:inside] = block
+        self.told = [t for p in paragraphs for t in p]
+        for told in self.told:
+            for f in told.facts:
+                f.said = told.text
+        return breaks.join(" ".join(t.text for t in p) for p in paragraphs)
+
+
+SINCE = ["these days,", "for all that,", "like so many others,", "despite all advice,", "to this end,", "by custom,"]
+
+
+def prose(draw):
+    """A sentence in which nothing is said that a question asks for."""
+    _, text = draw.pick(draw.bank.lines["prose"])
+    words = {}
+
+    def one(match):
+        kind = match[1].rstrip("0123456789")
+        if match[1] not in words:
+            words[match[1]] = draw.pick(draw.bank.prose_words[kind])
+            if words[match[1]] in [v for k, v in words.items() if k != match[1]]:
+                words[match[1]] = draw.pick(draw.bank.prose_words[kind])
+        return words[match[1]]
+
+    text = SLOT.sub(one, draw.choose(text)[0])
+    return sentence(re.sub(r"\ba (?=[aeiou])", "an ", text))
+
+
+# ---- questions about a story -----------------------------------------------------------------------------------------
+
+
+def description(draw, fact):
+    """The fact's subject by this fact alone, as in "the woman who keeps goats behind the mill"."""
+    s = fact.subject
+    who = "who" if s.kind == "person" else "that"
+    if fact.verbal:
+        return f"the {s.noun} {who} {fact.vp()}"
+    return f"the {s.noun} whose {fact.clause[6:]}"
+
+
+def ask_fact(draw, story, fact, two):
+    """A branch that asks for a fact. two: the subject is described by another of its facts. None where that cannot
+    be."""
+    s, past = fact.subject, story.past
+    questions = fact.rule.questions
+    n = len(questions)
+    k = draw.between(0, n if fact.verbal or fact.owned else n - 1)
+    full = put(fact.clause, s, s.full, past)
+    if k == n:  # who
+        if s.kind == "person":
+            question = put("Who " + fact.vp() if fact.verbal else "Whose " + fact.clause[6:], s, s.full, past)
+        elif fact.verbal:
+            question = put(draw.pick([f"Which {s.noun} ", f"What "]) + fact.vp(), s, s.full, past)
+        else:
+            question = put(f"Which {s.noun} is it whose {fact.clause[6:]}", s, s.full, past)
+        if two:
+            return None
+        short = s.full + ("'s" if s.kind == "person" and fact.owned else "")
+        key = f"{fact.rule.key}-who"
+        question += "?"
+    else:
+        text, short = questions[k]
+        text, _ = draw.choose(text)
+        key = f"{fact.rule.key}-{k + 1}"
+        ref = s.full
+        if two:
+            others = [
+                f
+                for f in s.facts
+                if f is not fact and (f.verbal or f.owned) and f.said and not (f.verbal and '"' in f.clause)
+            ]
+            if not others or "{S" not in text or len(text) > 70:
+                return None
+            by = draw.pick(others)
+            ref = put(description(draw, by), s, s.full, past)
+            key += f"+{by.rule.key}"
+        elif s.job and fact.rule.key != "home" and draw.chance(0.15):
+            ref = f"the {s.job} of {s.town}"
+        values = fact.values
+        question = put(draw.fill(text, values, fact.chosen), s, ref, past)
+        short = put(draw.fill(short, values, fact.chosen), s, s.he if "{his}" in short else s.full, past)
+        question = capital(question)
+    draw.templates.append(key)
+    r = draw.rng.random()
+    if r < 0.5:
+        answer = full
+    elif r < 0.68 and k != n:
+        answer = put(fact.clause, s, s.he, past)
+    elif r < 0.72:
+        answer = draw.pick(["According to the text, ", "The text says that "]) + full
+    else:
+        answer = short
+    return dict(question=question, answer=sentence(answer))
+
+
+def unique(text, phrase):
+    """Whether the phrase stands in the text exactly once."""
+    at = text.find(phrase)
+    return at >= 0 and text.find(phrase, at + 1) < 0
+
+
+def ask_quote(draw, story, passage):
+    """Quote the sentence that a question is about, or that has a certain word."""
+    told = draw.pick(story.told)
+    r = draw.rng.random()
+    if r < 0.6:
+        facts = [f for t in story.told for f in t.facts]
+        if not facts:
+            return None
+        fact = draw.pick(facts)
+        text, _ = draw.pick(fact.rule.questions)
+        question = put(
+            draw.fill(draw.choose(text)[0], fact.values, fact.chosen), fact.subject, fact.subject.full, story.past
+        )
+        return dict(question=draw.line("quote_fact").format(question=capital(question)), answer=fact.said)
+    words = [w.strip('",.;:') for w in told.text.split()]
+    words = [w for w in words if len(w) > 4 and unique(passage, w)]
+    if not words or not unique(passage, told.text):
+        return None
+    return dict(question=draw.line("quote_word").format(word=draw.pick(words)), answer=told.text)
+
+
+def ask_continue(draw, story, passage):
+    """How a sentence goes on, or which sentence follows."""
+    i = draw.between(0, len(story.told) - 1)
+    words = story.told[i].text.split()
+    r = draw.rng.random()
+    if r < 0.7 and len(words) > 6:
+        cut = draw.between(3, min(8, len(words) - 3))
+        begin = " ".join(words[:cut])
+        if not unique(passage, begin):
+            return None
+        rest = " ".join(words[cut:])
+        return (
+            dict(question=draw.line("continue").format(begin=begin.replace('"', "")), answer=rest)
+            if '"' not in story.told[i].text
+            else None
+        )
+    if i + 1 == len(story.told) or not unique(passage, story.told[i].text):
+        return None
+    # Only within a paragraph or across two: the next sentence of the text is meant.
+    return dict(question=draw.line("next").format(sentence=story.told[i].text), answer=story.told[i + 1].text)
+
+
+TASKS = """
+Use the text to answer the question.
+Answer the question with the help of this text.
+Read the text and answer briefly.
+Here is a text. Answer the question about it in one sentence.
+Answer in one short sentence.
+Use this passage to answer.
+The answer to the question stands in the text.
+Read this and then answer my question.
+Please answer from the following passage only.
+Text:
+Passage:
+Context:
+Read the following story.
+I found this in an old newspaper.
+Look at this text.
+"""
+PREFIXES = ["Question: ", "Question: ", "Q: ", "Please tell me: ", "My question: ", "Now answer: "]
+
+
+def length(draw):
+    """How many words a passage aims at: most 90 to 240, a few up to 480."""
+    r = draw.rng.random()
+    return draw.between(40, 90) if r < 0.15 else draw.between(90, 240) if r < 0.85 else draw.between(240, 470)
+
+
+def story_tree(draw, kind="story"):
+    r = draw.rng.random()
+    kinds = (
+        ["person"] * 10 + ["place"] * 4 + ["town"] * 2 + ["animal"] * 2 + ["thing"] * 2 + ["group"] * 2 + ["event"] * 2
+    )
+    n = 1 if r < 0.2 else 2 if r < 0.5 else 3 if r < 0.75 else draw.between(4, 6)
+    if kind == "two facts":
+        subjects = (
+            ["person"] * max(2, n) if draw.chance(0.7) else [draw.pick(["place", "person", "person"])] * max(2, n)
+        )
+    else:
+        subjects = [draw.pick(kinds) for _ in range(n)]
+    story = Story(draw, subjects, (3, 6) if n < 3 else (2, 4), rivals=0.6 if kind == "two facts" else 0.4)
+    if not story.facts:
+        raise Spent
+    breaks = draw.pick([" ", "\n", "\n\n", "\n\n"])
+    passage = story.write(length(draw) if draw.chance(0.5) else 0, breaks)
+    wanted, branches, seen = draw.between(3, 8), [], set()
+    share = dict(story=(0.72, 0.82, 0.92), quote=(0.2, 0.3, 0.8), **{"two facts": (0.25, 1, 1)})[kind]
+    for _ in range(4 * wanted):
+        if len(branches) == wanted:
+            break
+        r = draw.rng.random()
+        if r < share[0]:
+            branch = ask_fact(draw, story, draw.pick(story.facts), False)
+        elif r < share[1]:
+            branch = ask_fact(draw, story, draw.pick(story.facts), True)
+        elif r < share[2]:
+            branch = ask_quote(draw, story, passage)
+        else:
+            branch = ask_continue(draw, story, passage)
+        if branch and branch["question"] not in seen:
+            seen.add(branch["question"])
+            branches.append(branch)
+    return kind, passage, branches
+
+
+# ---- lists, tables, letters and other texts --------------------------------------------------------------------------
+# A maker returns (passage, asks). asks: functions that return (question, short answer, full answer) at each call.
+
+
+def code(draw):
+    letters = "ABCDEFGHJKLMNPRSTUVWXYZ"
+    r = draw.rng.random()
+    if r < 0.35:
+        return f"{draw.between(1000, 99999)}"
+    if r < 0.7:
+        return draw.pick(letters) + draw.pick(letters) + f"-{draw.between(10, 999)}"
+    return draw.pick(letters) + str(draw.between(2, 99))
+
+
+def word(draw):
+    """A word that means nothing."""
+    syllable = lambda: draw.pick("b d f g h k l m n p r s t v w z br dr kl pl st tr".split()) + draw.pick("aeiou")  # noqa: E731
+    return "".join(syllable() for _ in range(draw.between(2, 3))) + draw.pick(["", "n", "r", "l", "k", "sh", "x"])
+
+
+# What may be a key and what a value: how each is called, and how it is drawn.
+COLUMNS = {
+    "name": lambda d: d.person(), "colour": lambda d: d.value("colour"), "job": lambda d: d.value("job"),
+    "town": lambda d: d.town(), "room": lambda d: f"{d.between(1, 9)}{d.between(0, 4)}{d.between(0, 9)}",
+    "code": code, "password": word, "object": lambda d: d.thing(), "animal": lambda d: d.value("animal"),
+    "favourite food": lambda d: d.value("food"), "street": lambda d: d.value("street"), "drink": lambda d: d.value("drink"),
+    "instrument": lambda d: d.value("instrument"), "hobby": lambda d: d.value("hobby"), "plant": lambda d: d.value("plant"),
+    "birthday": lambda d: f"{d.between(1, 28)} {d.pick(MONTHS)}", "age": lambda d: str(d.between(6, 97)),
+    "telephone": lambda d: f"{d.between(20, 99)} {d.between(100, 999)}", "ship": lambda d: d.ship(),
+    "score": lambda d: str(d.between(1, 400)), "price": lambda d: f"{d.between(1, 90)}.{d.between(10, 99)}",
+    "pet": lambda d: d.value("pet"), "material": lambda d: d.value("material"),
+}  # fmt: skip
+KEYS = ["name", "name", "name", "ship", "object", "town", "animal", "pet", "code", "plant", "job", "password", "street"]
+
+
+def distinct(draw, kind, n):
+    out = []
+    for _ in range(4 * n):
+        if len(out) == n:
+            return out
+        v = COLUMNS[kind](draw)
+        if v not in out and not any(v in w or w in v for w in out):
+            out.append(v)
+    raise Spent
+
+
+def key_values(draw):
+    key = draw.pick(KEYS)
+    value = draw.pick([c for c in COLUMNS if c != key])
+    n = draw.between(4, 18)
+    keys, values = distinct(draw, key, n), distinct(draw, value, n)
+    form = draw.pick([
+        "{k}: {v}", "{k} = {v}", "- {k}: {v}", "* {k} -> {v}", "{k}\t{v}", '"{k}": "{v}",', "{k} ({v})", "{k} | {v}", "{k}, {v}",
+        "the {value} of {k} is {v}", "{k} has the {value} {v}", "{i}. {k} - {v}", "[{k}] {v}",
+    ])  # fmt: skip
+    entries = [form.format(k=k, v=v, i=i + 1, value=value) for i, (k, v) in enumerate(zip(keys, values, strict=True))]
+    if form.startswith(("the", "{k} has")):
+        entries = [sentence(e) for e in entries]
+        text = draw.pick([" ", "\n"]).join(entries)
+    elif draw.chance(0.15) and "," not in form:
+        text = "; ".join(entries) + "."
+    else:
+        text = "\n".join(entries)
+    if draw.chance(0.6):
+        heads = ["List of the {value}s by {key}", "{key}: {value}", "Here is the {value} for each {key}.", "{Key} and {value}:",
+                 "The following list gives every {key} and its {value}."]  # fmt: skip
+        text = draw.pick(heads).format(key=key, Key=key.capitalize(), value=value) + "\n" + text
+
+    def by_key():
+        i = draw.between(0, n - 1)
+        q = draw.line("value_of").format(key=key, value=value, k=keys[i])
+        return q, values[i], f"The {value} of {keys[i]} is {values[i]}"
+
+    def by_value():
+        i = draw.between(0, n - 1)
+        q = draw.line("key_of").format(key=key, value=value, v=values[i])
+        return q, keys[i], f"The {key} with the {value} {values[i]} is {keys[i]}"
+
+    def line_of():
+        i = draw.between(0, n - 1)
+        return draw.line("copy_entry").format(k=keys[i], key=key), None, entries[i]
+
+    return text, [by_key, by_key, by_value, line_of]
+
+
+def table(draw):
+    columns = draw.rng.sample([c for c in COLUMNS if c not in ("name", "ship", "town", "object")], draw.between(2, 4))
+    key = draw.pick(["name", "ship", "town", "object"])
+    n = draw.between(3, 9)
+    rows = list(zip(distinct(draw, key, n), *(distinct(draw, c, n) for c in columns), strict=True))
+    head = [key, *columns]
+    r = draw.rng.random()
+    if r < 0.35:
+        lines = [
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+    elif r < 0.55:
+        sep = draw.pick([", ", "; ", "\t"])
+        lines = [sep.join(head), *(sep.join(row) for row in rows)]
+    else:  # in words
+        form = draw.pick(
+            [
+                "For {k}, {rest}",
+                "{k}: {rest}",
+                "{k} stands in the list with {rest}",
+                "As to {k}, {rest}",
+                "{k} comes with {rest}",
+            ]
+        )
+        lines = []
+        for row in rows:
+            pairs = [
+                f"the {c} {draw.pick(['is ', '']) if form.startswith(('For', 'As')) else ''}{v}".replace("is ", "is ")
+                for c, v in zip(columns, row[1:], strict=True)
+            ]
+            if form.startswith(("For", "As")):
+                pairs = [f"the {c} is {v}" for c, v in zip(columns, row[1:], strict=True)]
+            lines.append(
+                sentence(
+                    form.format(
+                        k=row[0], rest=", ".join(pairs[:-1]) + " and " + pairs[-1] if len(pairs) > 1 else pairs[0]
+                    )
+                )
+            )
+        if draw.chance(0.4):
+            lines = [" ".join(lines)]
+
+    def cell():
+        row, j = draw.pick(rows), draw.between(1, len(columns))
+        q = draw.line("value_of").format(key=key, value=head[j], k=row[0])
+        return q, row[j], f"The {head[j]} of {row[0]} is {row[j]}"
+
+    def back():
+        row, j = draw.pick(rows), draw.between(1, len(columns))
+        q = draw.line("key_of").format(key=key, value=head[j], v=row[j])
+        return q, row[0], f"The {key} with the {head[j]} {row[j]} is {row[0]}"
+
+    def across():
+        row, (i, j) = draw.pick(rows), draw.rng.sample(range(1, len(head)), 2)
+        q = draw.line("across").format(key=key, value=head[j], by=head[i], v=row[i])
+        return q, row[j], f"The {head[j]} of the {key} with the {head[i]} {row[i]} is {row[j]}"
+
+    return "\n".join(lines), [cell, cell, back, across]
+
+
+def clock(minutes):
+    return f"{minutes // 60 % 24}:{minutes % 60:02}"
+
+
+def timetable(draw):
+    what = draw.pick(["train", "bus", "ferry", "coach", "tram"])
+    place = dict(train="platform", bus="stop", ferry="pier", coach="bay", tram="stop")[what]
+    n, at = draw.between(4, 10), draw.between(300, 700)
+    rows = []
+    for _ in range(n):
+        at += draw.between(7, 95)
+        rows.append((clock(at), draw.town(), str(draw.between(1, 12)), clock(at + draw.between(20, 220))))
+    form = draw.pick([
+        "{t} {what} to {to}, {place} {p}, arrives {a}", "{to}: departure {t}, {place} {p}, arrival {a}",
+        "The {t} {what} goes to {to} from {place} {p} and arrives at {a}.", "{t} | {to} | {place} {p} | {a}",
+        "At {t} the {what} to {to} leaves from {place} {p}; it is there at {a}.",
+    ])  # fmt: skip
+    lines = [form.format(what=what, t=t, to=to, p=p, a=a, place=place) for t, to, p, a in rows]
+    title = draw.pick([f"Timetable ({what})\n", f"Departures from {draw.town()}\n", ""])
+    if "|" in form:
+        title += f"departure | destination | {place} | arrival\n"
+
+    def ask():
+        t, to, p, a = draw.pick(rows)
+        k = draw.between(0, 4)
+        q = draw.line(f"timetable_{'time to place arrival time_of'.split()[k] if k < 4 else 'by_place'}") if 0 else None
+        kinds = {
+            "when": (f"at {t}", f"The {what} to {to} leaves at {t}"),
+            "where": (f"to {to}", f"The {t} {what} goes to {to}"),
+            "from": (f"from {place} {p}", f"The {what} to {to} leaves from {place} {p}"),
+            "arrive": (f"at {a}", f"The {what} to {to} arrives at {a}"),
+        }
+        kind = draw.pick(list(kinds))
+        q = draw.line("timetable_" + kind).format(what=what, t=t, to=to, place=place)
+        return q, *kinds[kind]
+
+    return title + draw.pick(["\n", "\n", " "] if form.endswith(".") else ["\n"]).join(lines), [ask]
+
+
+def recipe(draw):
+    base = draw.value("food")
+    name = draw.pick(
+        [f"{draw.town()} {base}", f"{base} in the manner of {draw.person()}", f"{base} with {draw.value('food')}"]
+    )
+    n = draw.between(4, 8)
+    things = distinct(draw, "favourite food", n)
+    amounts = [
+        f"{draw.between(2, 90) * 5} grams"
+        if draw.chance(0.5)
+        else f"{draw.pick(NUMBERS[:8])} {draw.pick(['spoons', 'cups', 'handfuls', 'pinches', 'slices'])}"
+        for _ in things
+    ]
+    form = draw.pick(["- {a} of {t}", "{t}: {a}", "{a} of {t}", "* {t} ({a})"])
+    minutes, heat = draw.between(5, 90), draw.between(12, 25) * 10
+    vessel, after = draw.value("object"), draw.pick(things)
+    first = draw.pick([t for t in things if t != after])
+    steps = [
+        f"First put the {first} into {article(vessel)} and stir.",
+        f"Add the {after} only when everything has turned {draw.pick(['brown', 'soft', 'clear', 'thick', 'golden'])}.",
+        f"Bake it for {minutes} minutes at {heat} degrees.",
+    ]
+    guest = draw.value("drink")
+    steps.append(
+        draw.pick([f"Serve it with {guest}.", f"It tastes best with {guest}.", f"With it one drinks {guest}."])
+    )
+    listed = [form.format(a=a, t=t) for a, t in zip(amounts, things, strict=True)]
+    if draw.chance(0.4):
+        text = (
+            f"For {name} you need "
+            + ", ".join(f"{a} of {t}" for a, t in zip(amounts, things, strict=True))
+            + ". "
+            + " ".join(steps)
+        )
+    else:
+        text = f"{capital(name)}\n\n" + "\n".join(listed) + "\n\n" + draw.pick(["\n", " "]).join(steps)
+
+    def ask():
+        i = draw.between(0, n - 1)
+        kinds = {
+            "amount": (amounts[i], f"You need {amounts[i]} of {things[i]}"),
+            "amount2": (amounts[i], f"The recipe takes {amounts[i]} of {things[i]}"),
+            "long": (f"for {minutes} minutes", f"It is baked for {minutes} minutes"),
+            "heat": (f"at {heat} degrees", f"It is baked at {heat} degrees"),
+            "with": (guest, f"It is served with {guest}"),
+            "first": (f"the {first}", f"First you put the {first} into the {vessel}"),
+            "vessel": (f"into {article(vessel)}", f"The {first} goes into {article(vessel)}"),
+        }
+        kind = draw.pick(list(kinds))
+        q = draw.line("recipe_" + kind.rstrip("2")).format(t=things[i], first=first, vessel=vessel)
+        return q, *kinds[kind]
+
+    return text, [ask]
+
+
+def inventory(draw):
+    n = draw.between(4, 14)
+    things = [plural(draw.thing()) for _ in range(n)]
+    numbers = [str(draw.between(2, 240)) for _ in things]
+    places = [
+        draw.pick(
+            [
+                f"shelf {draw.pick('ABCDEFGH')}{draw.between(1, 30)}",
+                f"the {draw.value('room') if draw.chance(0.4) else 'box ' + str(draw.between(1, 99))}",
+            ]
+        )
+        for _ in things
+    ]
+    places = [p.replace("the box", "box") for p in places]
+    form = draw.pick([
+        "{t}: {c}, {p}", "{c} {t} ({p})", "{c} x {t} - {p}", "In {p} there are {c} {t}.", "{T}, {c} of them, are kept in {p}.",
+        "There are {c} {t} in {p}.", "{p}: {c} {t}",
+    ])  # fmt: skip
+    lines = [capital(form.format(t=t, T=capital(t), c=c, p=p)) for t, c, p in zip(things, numbers, places, strict=True)]
+    owner = draw.pick([f"the {draw.value('building')} of {draw.town()}", draw.person(), f"the {draw.value('shop')}"])
+    text = draw.pick(
+        [f"Inventory of {owner}\n", f"What {owner} has in store:\n", f"Stock list, {owner}\n"]
+    ) + draw.pick(["\n"] if "." not in form else ["\n", " "]).join(lines)
+
+    def ask():
+        i = draw.between(0, n - 1)
+        kinds = {
+            "count": (numbers[i], f"There are {numbers[i]} {things[i]}"),
+            "place": (f"in {places[i]}", f"The {things[i]} are in {places[i]}"),
+        }
+        kind = draw.pick(list(kinds))
+        return draw.line("inventory_" + kind).format(t=things[i]), *kinds[kind]
+
+    return text, [ask]
+
+
+def notice(draw):
+    event, town, hall = draw.value("event"), draw.town(), draw.value("building")
+    day, month, date, time_ = draw.day(), draw.month(), draw.between(1, 28), draw.time()
+    person, job, bring, cost, food = draw.person(), draw.value("job"), draw.thing(), draw.sum(), draw.value("food")
+    forbidden, rain = plural(draw.value("animal")), draw.value("building")
+    said = [
+        draw.choose(
+            f"(The|This year's) {event} of {town} (takes place|will be held) on {day}, {date} {month}, in the {hall}."
+        )[0],
+        draw.choose(f"(It begins|We begin|The doors open) at {time_}.")[0],
+        draw.choose(f"(Admission is|Entrance costs|A ticket costs) {cost}.")[0],
+        draw.choose(f"(Everyone is asked to bring|Please bring|Do not forget) {article(bring)}.")[0],
+        draw.choose(f"(There will be|The kitchen serves|The guests will be given) {food}.")[0],
+        draw.choose(f"{capital(forbidden)} (are not admitted|must stay outside|are not welcome).")[0],
+        draw.choose(f"If it rains, (we meet in|everything moves to) the {rain}.")[0],
+        draw.choose(f"(Questions are answered by|For questions turn to|Please send questions to) {person}, the {job}.")[
+            0
+        ],
+    ]
+    head, rest = said[0], said[1:]
+    draw.rng.shuffle(rest)
+    text = draw.pick(["NOTICE\n\n", "", f"To the people of {town}\n\n", "Announcement: "]) + draw.pick(
+        [" ", "\n"]
+    ).join([head, *rest])
+    kinds = {
+        "date": (f"on {day}, {date} {month}", f"The {event} of {town} takes place on {day}, {date} {month}"),
+        "hall": (f"in the {hall}", f"The {event} takes place in the {hall}"),
+        "time": (f"at {time_}", f"It begins at {time_}"),
+        "cost": (cost, f"It costs {cost}"),
+        "bring": (article(bring), f"Everyone is asked to bring {article(bring)}"),
+        "food": (food, f"There will be {food}"),
+        "forbidden": (forbidden, f"{capital(forbidden)} are not admitted"),
+        "rain": (f"in the {rain}", f"If it rains, it takes place in the {rain}"),
+        "who": (f"{person}, the {job}", f"Questions are answered by {person}, the {job}"),
+    }
+
+    def ask():
+        kind = draw.pick(list(kinds))
+        return draw.line("notice_" + kind).format(event=event, town=town), *kinds[kind]
+
+    return text, [ask]
+
+
+def voices(draw, n, each):
+    """Persons who speak of themselves: (subject, facts) of each."""
+    story = Story(draw, ["person"] * n, each, past=False, rivals=0.5)
+    if len(story.subjects) < n:
+        raise Spent
+    return story
+
+
+def spoken(draw, fact):
+    return sentence(put(fact.clause, fact.subject, "I", False))
+
+
+def letter(draw):
+    story = voices(draw, 1, (4, 7))
+    s = story.subjects[0]
+    to, place = draw.person(), draw.town()
+    date = f"{draw.between(1, 28)} {draw.pick(MONTHS)}"
+    body = [spoken(draw, f) for f in s.facts]
+    for i in range(draw.between(0, 4)):
+        body.insert(draw.between(0, len(body)), draw.choose(draw.pick(SMALL_TALK))[0])
+    for f in s.facts:
+        f.said = spoken(draw, f)
+    sign = draw.pick(["Yours", "With best wishes", "Your old friend", "Yours sincerely", "Love"])
+    if draw.chance(0.35):
+        text = (
+            f"From: {s.full}\nTo: {to}\nDate: {date}\nSubject: {draw.pick(['News', 'Hello', 'About me', 'A few lines', 'Answer to your questions'])}\n\n"
+            + " ".join(body)
+        )
+    else:
+        text = f"{place}, {date}\n\nDear {to.split()[0]},\n\n" + " ".join(body) + f"\n\n{sign},\n{s.full}"
+        if draw.chance(0.5):
+            text = text.replace(f"Dear {to.split()[0]}", f"Dear {to}")
+
+    def ask():
+        branch = ask_fact(draw, story, draw.pick(s.facts), False)
+        return branch["question"], None, branch["answer"]
+
+    def frame():
+        kinds = {
+            "date": (f"on {date}", f"The letter was written on {date}"),
+            "from": (s.full, f"It was written by {s.full}"),
+        }
+        kind = draw.pick(list(kinds))
+        return draw.line("letter_" + kind), *kinds[kind]
+
+    return text, [ask, ask, ask, ask, frame]
+
+
+def dialogue(draw):
+    story = voices(draw, draw.between(2, 4), (2, 4))
+    turns = [(f.subject, f) for f in story.facts]
+    draw.rng.shuffle(turns)
+    form = draw.pick(["{s}: {t}", '"{t}" said {s}.', '{s} said: "{t}"', "- {s}: {t}", '{s}: "{t}"', "[{s}] {t}"])
+    lines = []
+    for s, f in turns:
+        f.said = spoken(draw, f)
+        t = f.said
+        if draw.chance(0.3):
+            t = draw.choose(draw.pick(REPLIES))[0] + " " + t
+        if form.startswith('"{t}" said') and t.endswith("."):
+            t = t[:-1] + ","
+        if '"' in form:
+            t = t.replace('"', "'")
+        lines.append(form.format(s=s.full, t=t))
+    text = (
+        draw.pick(["\n", "\n\n", " "]).join(lines) if not form.startswith(("-", "[", "{s}: {t}")) else "\n".join(lines)
+    )
+
+    def ask():
+        branch = ask_fact(draw, story, draw.pick(story.facts), draw.chance(0.25))
+        return (branch["question"], None, branch["answer"]) if branch else None
+
+    return text, [ask]
+
+
+SMALL_TALK = ["I hope that you are (well|better|happy).", "(Thank you|Many thanks) for your last letter.", "It has been (raining|snowing|hot) for days.",
+              "You asked how I live.", "Do not laugh at me.", "You would not recognise the place.", "Please write soon.", "There is little news.",
+              "I think of you often.", "You will hardly believe this.", "But enough of the weather.", "Where shall I begin?"]  # fmt: skip
+REPLIES = ["(Really?|Is that so?|Well,)", "(That is nothing.|How strange.)", "(I see.|Indeed.)", "You may not know this:", "Let me tell you something.",
+           "With me it is different.", "Since you ask:", "(Listen.|Now listen.)"]  # fmt: skip
+REPLIES = [r.replace("|Well,", "|Oh.") for r in REPLIES]
+
+
+def chronicle(draw):
+    """Years, and what happened in each."""
+    story = Story(
+        draw,
+        draw.rng.sample(["place", "town", "thing", "event", "group", "person", "person"], draw.between(2, 4)),
+        (3, 5),
+        past=True,
+    )
+    facts = [f for f in story.facts if not f.timed and "year" not in f.values and f.rule.key != "home"]
+    if len(facts) < 3:
+        raise Spent
+    draw.rng.shuffle(facts)
+    years = sorted(draw.rng.sample(range(1690, 1985), len(facts)))
+    form = draw.pick(
+        ["{y}: {t}", "In {y} {u}", "({y}) {t}", "- {y} - {t}", "From the year {y} we read: {t}", "{y}. {t}"]
+    )
+    lines, clauses = [], []
+    for y, f in zip(years, facts, strict=True):
+        clause = put(f.clause, f.subject, f.subject.full, True)
+        clauses.append(clause)
+        lines.append(sentence(form.format(y=y, t=sentence(clause), u=clause)))
+
+    def year_of():
+        i = draw.between(0, len(years) - 1)
+        return draw.line("chronicle_year").format(t=clauses[i]), f"in {years[i]}", f"In {years[i]} {clauses[i]}"
+
+    def what():
+        i = draw.between(0, len(years) - 1)
+        return (
+            draw.line("chronicle_what").format(y=years[i]),
+            None,
+            draw.pick([clauses[i], f"In {years[i]} {clauses[i]}"]),
+        )
+
+    return draw.pick(["\n", " "] if form.startswith(("In", "From")) else ["\n"]).join(lines), [year_of, what]
+
+
+def log(draw):
+    ship, at = draw.ship(), draw.between(300, 800)
+    rows = []
+    for _ in range(draw.between(4, 12)):
+        at += draw.between(4, 80)
+        subject = draw.choose(draw.fill(draw.pick(LOG), {}))[0]
+        rows.append((clock(at).rjust(5, "0"), subject))
+    form = draw.pick(["[{t}] {e}", "{t} {e}", "{t} - {e}", "{t}: {e}.", "At {t} {e}."])
+    text = draw.pick(
+        [f"Log of the {ship}\n", "", f"{draw.pick(DAYS)}, {draw.between(1, 28)} {draw.pick(MONTHS)}\n"]
+    ) + "\n".join(form.format(t=t, e=e) for t, e in rows)
+
+    def when():
+        t, e = draw.pick(rows)
+        return draw.line("log_when").format(e=e), f"at {t}", f"At {t} {e}"
+
+    def what():
+        t, e = draw.pick(rows)
+        return draw.line("log_what").format(t=t), e, f"At {t} {e}"
+
+    def after():
+        i = draw.between(0, len(rows) - 2)
+        return (
+            draw.line("log_after").format(e=rows[i][1], t=rows[i][0]),
+            rows[i + 1][1],
+            f"At {rows[i + 1][0]} {rows[i + 1][1]}",
+        )
+
+    return text, [when, what, after]
+
+
+LOG = """{a animal} was seen near the {landmark}|the {job} came on board|{person} reported {illness}|the {room} door was locked|
+    the {object} in the {room} was repaired|the {colour} lamp went out|we passed the {ship}|a box of {food} was delivered|
+    {person} took over from the {job}|the alarm rang in the {building}|the {vehicle} returned from {town}|
+    the pump in the {room} stopped|a parcel for {person} arrived|the {instrument} lesson began|we drank {drink}|
+    the {weather} began|the visitors from {town} left|the key to the {building} was returned|the {shop} sent {a thing}|
+    a message from {town} was received|{person} lost {a garment}|the {job} asked for {food}"""
+LOG = split_list(LOG)
+
+
+def chain(draw):
+    """Three sets that belong together: who has what, and where it is."""
+    n = draw.between(3, 7)
+    people, things = [draw.person() for _ in range(n)], [draw.value("object") for _ in range(n)]
+    where, marks = [draw.where() for _ in range(n)], [draw.value("colour") for _ in range(n)]
+    first = draw.pick(["{p} owns the {t}", "the {t} belongs to {p}", "{p} is the owner of the {t}", "the {t} was given to {p}",
+                       "what {p} has bought is the {t}"])  # fmt: skip
+    second = draw.pick(
+        [
+            "the {t} is {w}",
+            "you will find the {t} {w}",
+            "the {t} was left {w}",
+            "{w} lies the {t}",
+            "the {t} stands {w}",
+        ]
+    )
+    third = draw.pick(["the {t} is {c}", "{c} is the colour of the {t}", "somebody painted the {t} {c}"])
+    said = [sentence(first.format(p=p, t=t)) for p, t in zip(people, things, strict=True)]
+    said += [sentence(second.format(w=w, t=t)) for w, t in zip(where, things, strict=True)]
+    coloured = draw.chance(0.5)
+    if coloured:
+        said += [sentence(third.format(c=c, t=t)) for c, t in zip(marks, things, strict=True)]
+    if draw.chance(0.7):
+        draw.rng.shuffle(said)
+
+    def ask():
+        i = draw.between(0, n - 1)
+        p, t, w, c = people[i], things[i], where[i], marks[i]
+        kinds = {
+            "where": (w, f"{p}'s {t} is {w}"),
+            "who": (p, f"The {t} {w} belongs to {p}"),
+            "what": (f"the {t}", f"{p} owns the {t}"),
+        }
+        if coloured:
+            kinds["colour"] = (c, f"{p}'s {t} is {c}")
+            kinds["by_colour"] = (p, f"The {c} {t} belongs to {p}")
+        kind = draw.pick(list(kinds))
+        return draw.line("chain_" + kind).format(p=p, w=w, c=c), *kinds[kind]
+
+    return " ".join(said), [ask]
+
+
+def glossary(draw):
+    """Words of a made-up language."""
+    n = draw.between(4, 14)
+    kinds = ["animal", "object", "food", "colour", "plant", "garment", "building", "weather"]
+    words, meanings = distinct(draw, "password", n), [draw.value(draw.pick(kinds)) for _ in range(n)]
+    form = draw.pick(
+        [
+            '"{w}" means "{m}"',
+            "{w}: {m}",
+            "{w} = {m}",
+            "the word for {m} is {w}",
+            "{m} is called {w}",
+            "they say {w} when they mean {m}",
+            "{w} stands for {m}",
+        ]
+    )
+    lines = [form.format(w=w, m=m) for w, m in zip(words, meanings, strict=True)]
+    place = draw.town()
+    if " is " in form or "mean" in form or "stands" in form:
+        text = " ".join(capital(x) + "." for x in lines)
+    else:
+        text = "\n".join(lines)
+    text = (
+        draw.pick(
+            [
+                f"Some words in the language of {place}:\n",
+                f"A short dictionary ({place})\n",
+                "",
+                f"In {place} people have words of their own. ",
+            ]
+        )
+        + text
+    )
+
+    def meaning():
+        i = draw.between(0, n - 1)
+        return draw.line("word_meaning").format(w=words[i]), meanings[i], f'"{words[i]}" means "{meanings[i]}"'
+
+    def word_for():
+        i = draw.between(0, n - 1)
+        return draw.line("word_for").format(m=meanings[i]), words[i], f'The word for "{meanings[i]}" is "{words[i]}"'
+
+    return text, [meaning, word_for]
+
+
+def copy(draw):
+    """Lines to be repeated."""
+    r = draw.rng.random()
+    n = draw.between(3, 12)
+    if r < 0.35:
+        lines = [prose(draw) for _ in range(n)]
+    elif r < 0.6:
+        kinds = ["animal", "object", "food", "colour", "plant", "garment", "job", "instrument"]
+        lines = [" ".join(draw.value(draw.pick(kinds)) for _ in range(draw.between(2, 5))) for _ in range(n)]
+    elif r < 0.8:
+        lines = [f"{word(draw)} {word(draw)} {word(draw)}" for _ in range(n)]
+    else:
+        lines = [f"{code(draw)} {draw.person()}" for _ in range(n)]
+    if len({x.split()[0] for x in lines}) < n or len({x.split()[-1] for x in lines}) < n:
+        raise Spent
+
+    def begins():
+        x = draw.pick(lines)
+        return draw.line("copy_begins").format(w=x.split()[0]), None, x
+
+    def ends():
+        x = draw.pick(lines)
+        return draw.line("copy_ends").format(w=x.split()[-1].rstrip(".")), None, x
+
+    def after():
+        i = draw.between(0, n - 2)
+        return draw.line("copy_after").format(x=lines[i]), None, lines[i + 1]
+
+    def edge():
+        i = draw.pick([0, -1])
+        return draw.line("copy_first" if i == 0 else "copy_last"), None, lines[i]
+
+    return "\n".join(lines), [begins, ends, after, edge]
+
+
+MAKERS = {"key-value": key_values, "table": table, "timetable": timetable, "recipe": recipe, "inventory": inventory,
+          "notice": notice, "letter": letter, "dialogue": dialogue, "chronicle": chronicle, "log": log, "chain": chain,
+          "glossary": glossary, "copy": copy}  # fmt: skip
+
+
+def document_tree(draw, kind):
+    text, asks = MAKERS[kind](draw)
+    if kind not in ("copy", "letter", "dialogue") and draw.chance(0.4):
+        want, before, after = length(draw), [], []
+        while len(text.split()) + sum(len(x.split()) for x in before + after) < want:
+            draw.pick([before, after]).append(prose(draw))
+        text = "\n\n".join(x for x in (" ".join(before), text, " ".join(after)) if x)
+    wanted, branches, seen = draw.between(3, 8), [], set()
+    for _ in range(4 * wanted):
+        if len(branches) == wanted:
+            break
+        asked = draw.pick(asks)()
+        if asked is None or asked[0] in seen:
+            continue
+        question, short, full = asked
+        seen.add(question)
+        if kind in ("copy",) or question.startswith(("Copy", "Repeat")):
+            answer = full
+        elif short is None:
+            answer = full if full.endswith(".") else sentence(full)
+        else:
+            answer = sentence(full if draw.chance(0.65) else short)
+        branches.append(dict(question=question, answer=answer))
+    return kind, text, branches
+
+
+# Questions that are not about one fact of FACTS. Each line is a template.
+QUESTIONS = dict(
+    value_of="""What is the {value} of {k}?
+Which {value} belongs to {k}?
+Give the {value} of {k}.
+Look up the {value} for {k}.
+What {value} is listed for {k}?
+Which {value} does the list give for {k}?
+{k} has a {value}. Which one?
+What stands beside {k} under {value}?
+Tell me the {value} of {k}.
+For {k}, what is the {value}?""",
+    key_of="""Which {key} has the {value} {v}?
+To which {key} does the {value} {v} belong?
+The {value} {v} belongs to which {key}?
+Find the {key} with the {value} {v}.
+Whose {value} is {v}?
+For which {key} is the {value} {v}?
+What {key} is listed with the {value} {v}?
+Give the {key} that has {v} as {value}.""",
+    across="""What is the {value} of the {key} whose {by} is {v}?
+The {key} with the {by} {v} has which {value}?
+Find the row with the {by} {v}. What is the {value} there?
+Which {value} stands in the same row as the {by} {v}?
+Look for {v} under {by}: which {value} goes with it?""",
+    copy_entry="""Copy the entry for {k} exactly as it stands.
+Repeat the entry for {k}.
+Copy what the list says about {k}, word for word.
+Repeat exactly the part of the list that is about {k}.
+Copy the item of {k} without changing it.""",
+    quote_fact="""Quote the sentence that answers this question: {question}
+Which sentence of the text answers the question "{question}"? Quote it.
+{question} Answer with the exact sentence from the text.
+Find the sentence that tells you the answer, and copy it: {question}
+Copy the whole sentence in which this is said: {question}
+{question} Quote the text word for word.
+Give the sentence of the text from which one learns the answer to this: {question}
+Do not answer this question, but quote the sentence that does: {question}
+{question} Show me the line in the text.
+I want to know: {question} Quote the passage where it stands.""",
+    quote_word="""Quote the sentence that has the word "{word}" in it.
+In which sentence does "{word}" occur? Copy it.
+Copy the sentence with the word "{word}".
+Which sentence contains "{word}"?
+Find "{word}" in the text and repeat the whole sentence.
+Repeat the sentence in which one reads "{word}".""",
+    next="""Which sentence follows this one: {sentence}
+What comes directly after "{sentence}" in the text?
+Quote the sentence after this one: {sentence}
+{sentence} - what is the next sentence of the text?
+What does the text say next, after "{sentence}"?""",
+    timetable_when="""When does the {what} to {to} leave?
+At what time is there a {what} to {to}?
+What is the departure time of the {what} to {to}?
+I want to go to {to}. When does my {what} leave?
+At what time must I be there for the {what} to {to}?""",
+    timetable_where="""Where does the {what} at {t} go?
+What is the destination of the {t} {what}?
+To which place does the {what} go that leaves at {t}?
+I take the {t} {what}. Where will it bring me?
+Which town is served by the {what} at {t}?""",
+    timetable_from="""From which {place} does the {what} to {to} leave?
+Where do I board the {what} to {to}?
+What is the {place} of the {what} to {to}?
+I am going to {to}. Which {place} is mine?
+Which {place} must passengers to {to} go to?""",
+    timetable_arrive="""When does one arrive in {to}?
+At what time does the {what} reach {to}?
+What is the arrival time in {to}?
+By when is one in {to}?
+A friend waits for me in {to}. When am I there?""",
+    recipe_amount="""How much of the {t} does one need?
+What amount of {t} goes into it?
+How much {t} does the recipe take?
+Which quantity of {t} is listed?
+Give the amount of {t}.""",
+    recipe_long="""For how long is it baked?
+How many minutes must it bake?
+How long does it stay in the oven?
+What is the baking time?
+After how much time is it done baking?""",
+    recipe_heat="""At what temperature is it baked?
+How hot must the oven be?
+What temperature does the recipe give?
+How many degrees are needed?
+To what heat should I set the oven?""",
+    recipe_with="""With what drink is it served?
+What should one drink with it?
+What does the recipe say to drink with the dish?
+Which drink goes with it?
+What do I offer my guests to drink with this?""",
+    recipe_first="""What goes into the {vessel} first?
+What is put into the {vessel} at the beginning?
+With what does one begin?
+What is the first thing that one uses?
+Which ingredient comes first in the {vessel}?""",
+    recipe_vessel="""Into what does one put the {first}?
+In what are the ingredients stirred?
+Where does the {first} go first?
+Which thing is used for stirring?
+What is the {first} put into?""",
+    inventory_count="""How many {t} are there?
+What is the number of {t}?
+How many {t} are listed?
+Give the number of the {t}.
+Count of {t}: what does the list say?""",
+    inventory_place="""Where are the {t}?
+In what place are the {t} kept?
+Where do I find the {t}?
+Somebody is looking for the {t}. Where must he look?
+Where does the list put the {t}?""",
+    notice_date="""When is the {event} of {town}?
+On which date does the {event} take place?
+What is the date of the {event}?
+On what day should I come to the {event} of {town}?
+Which day was chosen for the {event}?""",
+    notice_hall="""Where does the {event} take place?
+In which building is the {event} of {town}?
+What building is used for the {event}?
+Where must one go for the {event}?
+Which place was chosen for the {event}?""",
+    notice_time="""At what time does it begin?
+When does the {event} begin?
+What is the starting hour?
+By what time should one be there?
+How early does the {event} start?""",
+    notice_cost="""How much does it cost?
+What must one pay?
+What is the price of a ticket?
+How much is it to get in?
+What does the {event} cost?""",
+    notice_bring="""What should everyone bring?
+What must one bring along?
+What are the guests asked to bring?
+What should I not forget?
+Which thing is one supposed to take along?""",
+    notice_food="""What is there to eat?
+What food will there be?
+What do the guests eat?
+What does one get to eat at the {event}?
+Which dish is served?""",
+    notice_forbidden="""Which animals are not admitted?
+What animals must one leave at home?
+Which animals are not allowed at the {event}?
+What must not be brought along?
+Which animals have to stay away?""",
+    notice_rain="""Where is it if it rains?
+Where does one go in case of rain?
+What happens in bad weather: which building is used?
+Which place is used when it rains?
+It is raining. Where do I have to go?""",
+    notice_who="""Who answers questions?
+To whom should one turn with a question?
+Whom can I ask about the {event}?
+Who knows more about the {event}?
+Who is to be asked?""",
+    letter_date="""On what date was this written?
+When was this written?
+What is the date on it?
+Which date does it carry?
+When did the writer send these lines?""",
+    letter_from="""Who wrote this?
+Who is the writer?
+From whom does it come?
+Who sent these lines?
+By whom was this written?""",
+    chronicle_year="""When did this happen: {t}?
+In which year do we read that {t}?
+Which year belongs to this entry: {t}?
+What is the year of the entry "{t}"?
+Find the year in which {t}.""",
+    chronicle_what="""What is said about the year {y}?
+What happened in {y}?
+Which event is listed for {y}?
+What does the text tell of {y}?
+What is the entry of {y}?""",
+    log_when="""When was this noted: {e}?
+At what time do we read "{e}"?
+What time was it when this happened: {e}?
+Give the time of this entry: {e}
+At which time is it noted that {e}?""",
+    log_what="""What happened at {t}?
+What was noted at {t}?
+What is the entry for {t}?
+What does the log say about {t}?
+Which event belongs to {t}?""",
+    log_after="""What was noted next after "{e}"?
+What is the entry after the one of {t}?
+Which entry follows this one: {e}?
+What happened directly after {t}?
+After this, what came next: {e}?""",
+    chain_where="""Where is the thing that belongs to {p}?
+Where must {p} go to find what belongs to {p}?
+{p} owns something. Where is it?
+Where would one look for {p}'s property?
+In what place is {p}'s thing?""",
+    chain_who="""Who owns what is {w}?
+To whom does the thing {w} belong?
+Something is {w}. Whose is it?
+Whose property is {w}?
+Who is the owner of the thing {w}?""",
+    chain_what="""What does {p} own?
+Which thing belongs to {p}?
+What is the thing that {p} has?
+{p} owns something. What is it?
+Of what is {p} the owner?""",
+    chain_colour="""What colour is {p}'s thing?
+What colour has the thing that belongs to {p}?
+{p} owns something. Which colour is it?
+Which colour belongs to {p}'s property?
+In what colour is the thing of {p}?""",
+    chain_by_colour="""Who owns the thing that is {c}?
+To whom does the {c} thing belong?
+Whose thing is {c}?
+One thing is {c}. Who owns it?
+Who is the owner of what is {c}?""",
+    word_meaning="""What does "{w}" mean?
+What is the meaning of {w}?
+Translate "{w}".
+Somebody says "{w}". What is meant?
+How is {w} explained?""",
+    word_for="""What is the word for {m}?
+How does one say "{m}"?
+Which word means {m}?
+They have a word for {m}. Which one?
+Translate {m} into this language.""",
+    copy_begins="""Copy the line that begins with "{w}".
+Repeat the line beginning with "{w}".
+Which line starts with "{w}"? Repeat it.
+Write down the line whose first word is "{w}".
+Find the line that opens with "{w}" and copy it.""",
+    copy_ends="""Copy the line that ends with "{w}".
+Repeat the line ending with "{w}".
+Which line has "{w}" as its last word? Repeat it.
+Write down the line whose last word is "{w}".
+Find the line that closes with "{w}" and copy it.""",
+    copy_after="""Which line comes after this one: {x}
+Repeat the line that follows "{x}".
+What is the line below this one? {x}
+Copy the line directly after "{x}".
+After the line "{x}", what is the next?""",
+    copy_first="""Repeat the first line.
+Copy the first line.
+What is the first line?
+How does it begin? Give the whole first line.
+Write down the line at the top.""",
+    copy_last="""Repeat the last line.
+Copy the last line.
+What is the last line?
+How does it end? Give the whole last line.
+Write down the line at the bottom.""",
+)
+QUESTIONS["continue"] = """How does the sentence go on that begins "{begin}"?
+Continue from the text: {begin}
+Complete this sentence of the text: {begin} ...
+What comes after "{begin}" in the text?
+The text says "{begin}". How does it continue?
+Finish the sentence as in the text: {begin}
+Continue: {begin}
+Go on word for word: "{begin}"
+"{begin} ..." - give the rest of this sentence.
+In the text, which words follow "{begin}"?"""
+FACTS = dict(person=PERSON, place=PLACE, town=TOWN_FACTS, animal=ANIMAL_FACTS, thing=THING_FACTS, group=GROUP_FACTS,
+             event=EVENT_FACTS)  # fmt: skip
+LINES = dict(introduction=INTRODUCTIONS, place_introduction=PLACE_INTRODUCTIONS, wrong=WRONG, speech=SPEECH,
+             about_person=ABOUT_PERSON, about_any=ABOUT_ANY, prose=PROSE, **QUESTIONS)  # fmt: skip
+# ---- trees -----------------------------------------------------------------------------------------------------------
+
+SHARES = {"story": 46, "two facts": 12, "quote": 6, "key-value": 6, "table": 5, "timetable": 2, "recipe": 2, "inventory": 2,
+          "notice": 3, "letter": 4, "dialogue": 4, "chronicle": 2, "log": 2, "chain": 3, "glossary": 2, "copy": 3}  # fmt: skip
+SYSTEMS = ["You are a helpful assistant.", "You answer questions about a text.", "Answer briefly.", "You are a careful reader.",
+           "Be short and exact."]  # fmt: skip
+
+
+def tree(bank, seed, i):
+    """The tree number i of a seed. It depends on nothing else, so any part of a file can be made again."""
+    for attempt in range(100):
+        rng = random.Random(f"{bank.split} {seed} {i} {attempt}")
+        draw = Draw(bank, rng)
+        kind = rng.choices(list(SHARES), SHARES.values())[0]
+        try:
+            kind, passage, branches = (
+                story_tree(draw, kind) if kind in ("story", "two facts", "quote") else document_tree(draw, kind)
+            )
+        except Spent:
+            continue
+        if len(branches) < 2:
+            continue
+        if draw.chance(0.35):
+            passage = draw.pick(TASKS) + "\n\n" + passage
+        if draw.chance(0.3):
+            prefix = draw.pick(PREFIXES)
+            for b in branches:
+                b["question"] = prefix + b["question"]
+        system = draw.pick(SYSTEMS) if draw.chance(0.1) else None
+        return dict(
+            kind=kind, template="+".join(sorted(set(draw.templates))), system=system, passage=passage, branches=branches
+        )
+    raise AssertionError("no tree in 100 attempts")
+
+
+TASKS = [t for t in TASKS.strip().split("\n")]
+
+
+def make(out, count, seed, split="train", start=0):
+    bank = Bank(split, forbidden_names())
+    with open(out, "w") as file:
+        for i in range(start, start + count):
+            file.write(json.dumps(tree(bank, seed, i), ensure_ascii=False) + "\n")
+
+
+# ---- names that must not occur ---------------------------------------------------------------------------------------
+
+ORDINARY = set(
+    """the a an of in on at and or to it its he she his her they their when every today some last old one people
+    what which who whom whose where how why upper lower great little saint port north south east west new street
+    doctor professor captain mr mrs x ray"""
+    .split() + [w.lower() for w in DAYS + MONTHS + [d + "s" for d in DAYS]] + SEASONS + NUMBERS + TENS
+)  # fmt: skip
+
+
+def held_out_texts(paths=None):
+    """(passages, questions about them, other questions) of the held-out files. The first two hold invented names."""
+    passages, asked, others = [], [], []
+    for path in paths or HELD_OUT:
+        if not path.exists():
+            fail(f"{path}: no such file; its names and questions are kept out of the data")
+        data = json.loads(path.read_text())
+        passages += [p["text"] for p in data["paragraphs"]]
+        asked += [p["question"] for p in data["paragraphs"] if "question" in p]
+        asked += [q["question"] for p in data["paragraphs"] for q in p.get("questions", [])]
+        others += [q["text"] for q in data.get("questions", []) if "text" in q]
+    return passages, asked, others
+
+
+def words_of(text):
+    """The words of a text in lower case, without punctuation."""
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+
+
+def names_of(texts):
+    """The names in the texts, in lower case: words that have a capital within a sentence and never stand in lower
+    case."""
+    names, plain = set(), set()
+    for text in texts:
+        for match in re.finditer(r"[^\W\d_]+", text):
+            word, before = match[0], text[: match.start()].rstrip(" \"'(")
+            if word[0].islower():
+                plain.add(word)
+            elif before and before[-1] not in ".?!:":
+                names.add(word.lower())
+    return names - plain - ORDINARY
+
+
+def forbidden_names():
+    passages, asked, _ = held_out_texts()
+    return frozenset(names_of(passages + asked))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("make", help="writes look-up trees by the grammar")
+    c.add_argument("--out", required=True)
+    c.add_argument("--count", type=int, required=True)
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--start", type=int, default=0, help="the number of the first tree (0)")
+    c.add_argument("--split", choices=["train", "test"], default="train")
+    a = p.parse_args()
+    make(a.out, a.count, a.seed, a.split, a.start)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
