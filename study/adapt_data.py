@@ -302,7 +302,7 @@ every {day} {S} ~play the {instrument} {where}
   What ~do {S} sell? = {food}
   What colour ^be {S's} [0]? = {colour}
   Where ^be {S's} [0]? = {where}
-{S} ~charge {sum} for (a lesson|a haircut|a portrait|a ride|a letter)
+{S} ~charge {sum} for (a lesson|a haircut|a portrait|a ride)
   (How much|What) ~do {S} charge for [0]? = {sum}
 {S} ~grow {pl plant} in {a container}
   What ~do {S} grow? = {pl plant}
@@ -336,9 +336,9 @@ every {day} {S} ~play the {instrument} {where}
   To whom did {S} give {his} {thing}? = to {person}
 {S} named {his} (first child|horse|house|oldest goose) after {a job} called {person}
   After whom did {S} name {his} [0]? = after {person}
-{S} saved {a animal} from the burning {building}
-  What did {S} save from the (fire|burning {building})? = {a animal}
-  From which building did {S} save {a animal}? = from the {building}
+{S} once pulled {a animal} out of the water near the {building}
+  What did {S} pull out of the water? = {a animal}
+  Near which building did {S} pull {a animal} out of the water? = near the {building}
 {S} ~have {number} {kin}s, and all of them =be {job}s
   How many {kin}s ~do {S} have? = {number}
   What are {S's} {kin}s by profession? = {job}s
@@ -352,9 +352,9 @@ every {day} {S} ~play the {instrument} {where}
   Where ^be {S's} workshop? = [0] the {building}
 {S's} {thing} ^be made of {material}
   What ^be {S's} {thing} made of? = {material}
-{S's} desk ^stand in the window of the {shop} (in|at the end of) {street}
-  In the window of which shop ^do {S's} desk stand? = the {shop}
-  In which street ^be the shop where {S's} desk stands? = in {street}
+{S} ~have lent {his} {instrument} to the {shop} in {street}
+  What ^have {S} lent to the {shop}? = {his} {instrument}
+  In which street ^be the shop to which {S} lent {his} {instrument}? = in {street}
 {S's} (most famous|best known|largest) picture ^show {a animal} on {a object}
   Which animal is on {S's} [0] picture? = {a animal}
   On what is the animal in {S's} [0] picture? = on {a object}
@@ -385,9 +385,9 @@ every {day} {S} ~play the {instrument} {where}
   In which building ~do {S} keep [0]? = in the {building}
 {S} ~be the only person in {town} who ^own {a object}
   What ~do nobody in {town} own but {S}? = {a object}
-{S} ~make {pl garment} for {pl animal}
-  For which animals ~do {S} make {pl garment}? = for {pl animal}
-  What ~do {S} make for {pl animal}? = {pl garment}
+{S} ~teach {pl animal} to jump over {pl object}
+  Which animals ~do {S} teach to jump? = {pl animal}
+  Over what do {S's} {pl animal} jump? = over {pl object}
 {S} ~make {pl instrument} from {material}
   What ~do {S} make from {material}? = {pl instrument}
   From what ~do {S} make {pl instrument}? = from {material}
@@ -432,15 +432,80 @@ every {day} {S} ~play the {instrument} {where}
 last {season} {S} had to sell {his} {vehicle}, and the {season} before it was {his} {instrument}
   What did {S} have to sell last {season}? = {his} {vehicle}
   What had {S} sold in the {season} before? = {his} {instrument}
-last {season} {S} carved {a animal}, and the {season} before {he} carved {a animal2}
-  What did {S} carve last {season}? = {a animal}
-  What did {S} carve in the {season} before last? = {a animal2}
+as a child {S} had {a animal}, but now {he} ~have {a animal2}
+  What animal did {S} have as a child? = {a animal}
+  Which animal ~do {S} have now? = {a animal2}
 in {month} {S} ~sell {food}, and in {month2} {he} ~sell {food2}
   What ~do {S} sell in {month2}? = {food2}
   In which month ~do {S} sell {food}? = in {month}
 {S} was {a job} before {he} became {a job2}
   What was {S} before {he} became {a job2}? = {a job}
   What did {S} become after {he} had been {a job}? = {a job2}
+{S's} (cook|driver|secretary|gardener), {person}, was {a job} in {town} for {number} years
+  Who ^be {S's} [0]? = {person}
+  What was {person} in {town}? = {a job}
+  Where was {person} {a job}? = in {town}
+{S} ~live on a hill, in a house that {his} {kin} won at the {event}, and ~share it with {number} {pl animal}
+  At what did {S's} {kin} win the house? = at the {event}
+  With what ~do {S} share the house? = with {number} {pl animal}
+in {his} youth {S} crossed the (mountains|desert|bay|moor) on {a animal}, with nothing to eat but {food}
+  On what did {S} cross the [0]? = on {a animal}
+  What did {S} eat while {he} crossed the [0]? = {food}
+the {object} that {S} ~use for {his} work once belonged to {person}, the {job} of {town}
+  To whom did {S's} {object} once belong? = to {person}
+  What was {person}, the first owner of {S's} {object}? = the {job} of {town}
+whoever ^visit {S} must first drink {drink} and admire the {pl plant}
+  What must {S's} visitors drink? = {drink}
+  What must {S's} visitors admire? = the {pl plant}
+{S} took {his} {animal} to a doctor in {town}, who prescribed {food}
+  What did the doctor in {town} prescribe for {S's} {animal}? = {food}
+  In which town was the doctor to whom {S} took {his} {animal}? = in {town}
+{S} promised {his} {kin} {a thing}, but gave {him} {a object2} instead
+  What did {S} promise {his} {kin}? = {a thing}
+  What did {S} give instead of the {thing}? = {a object2}
+{S} wanted to become {a job}, but {his} {kin} would not have it, and so {he} became {a job2}
+  What did {S} want to become? = {a job}
+  What did {S} become instead of {a job}? = {a job2}
+{S} ~hang {his} {garment} on the (horns|antlers|ears) of a {material} {animal}
+  On what ~do {S} hang {his} {garment}? = on the [0] of a {material} {animal}
+  What ~do {S} hang on the {material} {animal}? = {his} {garment}
+for lack of {a object} {S} ~use {a object2}
+  What ~do {S} use because {he} ~lack {a object}? = {a object2}
+the only letter that {S} ever got came from {a job} in {town} and was about {study}
+  From whom came the only letter that {S} ever got? = from {a job} in {town}
+  What was the only letter to {S} about? = {study}
+{S} ~send {his} {kin} {food} every {month} and ~get {drink} in return
+  What ~do {S} send {his} {kin}? = {food}
+  What ~do {S} get in return for the {food}? = {drink}
+two things are never missing from {S's} table: {food} and {a object}
+  Which two things are never missing from {S's} table? = {food} and {a object}
+it was {S} who brought the first {object} to {town}
+  What did {S} bring to {town}? = the first {object}
+  To which town did {S} bring the first {object}? = to {town}
+{S}, like everyone in {his} family, ^have a weakness for {food}
+  For what ^have {S} a weakness? = for {food}
+when {S} married, the guests were asked to bring {pl object}, and only the {job} came with {a animal}
+  What were the guests asked to bring when {S} married? = {pl object}
+  With what did the {job} come to {S's} wedding? = with {a animal}
+{S} was fined {sum} for riding {a animal} through {street}
+  How much was {S} fined? = {sum}
+  What was {S} fined for? = for riding {a animal} through {street}
+  Through which street did {S} ride {a animal}? = through {street}
+at the age of {number} {S} ran away with a travelling {job}
+  How old was {S} when {he} ran away? = {number}
+  With whom did {S} run away? = with a travelling {job}
+{S} ~own the only {vehicle} in {town}, and {his} {animal} ^sit beside the driver
+  What ~do only {S} own in {town}? = {a vehicle}
+  Who ^sit beside the driver of {S's} {vehicle}? = {his} {animal}
+a statue of {S} in {town} ^show {him} with {a garment} and {a animal}
+  In which town ^be there a statue of {S}? = in {town}
+  Which animal stands beside {S} in the statue? = {a animal}
+{S} ~have never forgiven the {job} of {town} for the loss of {his} {garment}
+  Whom ~have {S} never forgiven? = the {job} of {town}
+  What did {S} lose because of the {job} of {town}? = {his} {garment}
+{S} ~be paid not with money but with {food}, which {he} ~exchange for {drink}
+  With what ^be {S} paid? = with {food}
+  For what ~do {S} exchange {food}? = for {drink}
 """
 
 PLACE = """
@@ -455,8 +520,8 @@ PLACE = """
 {S} ~open at {time} and ~close when the {job} ^go home
   When ~do {S} open? = at {time}
   {S} ~close when somebody goes home. Who? = the {job}
-{S} ~be open only (in|during) {weather}
-  When ~do {S} open? = in {weather}
+in case of {weather} everyone ^get {drink} in {S}
+  What does one get in {S} in case of {weather}? = {drink}
 {S} ~be closed on {day}s
   On which day ~be {S} closed? = on {day}
 {S's} roof ^be covered with {material}
@@ -464,9 +529,9 @@ PLACE = """
 {S} ~have {number} rooms and only one {object}
   How many rooms ~do {S} have? = {number}
   Of what is there only one in {S}? = {a object}
-{S} ~be guarded by {a animal} called {pet}
-  What ^be the name of the animal that guards {S}? = {pet}
-  Which animal guards {S}? = {a animal}
+on the roof of {S} ^live {a animal} that ^answer to the name of {pet}
+  What ^be the name of the {animal} on the roof of {S}? = {pet}
+  Which animal ^live on the roof of {S}? = {a animal}
 {S} ~belong to {person}, who used to be {a job}
   To whom ~do {S} belong? = to {person}
   What did {person} use to be? = {a job}
@@ -491,17 +556,17 @@ the door of {S} ^have the shape of {a animal}
   What shape ^have the door of {S}? = {a animal}
 under {S} ^lie {a room} full of {drink}
   What ^be stored under {S}? = {drink}
-{S} lost its {object} in (a storm|a lawsuit|a game of cards|a flood)
-  What did {S} lose? = its {object}
-a tunnel runs from {S} to the {building}
-  Where does the tunnel from {S} lead? = to the {building}
-  From where does a tunnel run to the {building}? = from {S}
+{S} borrowed its {object} from the {building} of {town}
+  What did {S} borrow? = its {object}
+  From which town did {S} borrow its {object}? = from {town}
+a covered walk leads from {S} to the {building2}
+  Where does the covered walk from {S} lead? = to the {building2}
 the key of {S} ^be kept by {a job}, (whose name is|called) {person}
   Who keeps the key of {S}? = {person}
   What ^be the job of {person}? = {a job}
 {S} ~be heated with {material} (since|because) the last {job} moved away
   With what ^be {S} heated? = with {material}
-{S} ~be so (small|narrow|low) that {a animal} can hardly turn round in it
+{S} ~be so (low|narrow) that {a animal} can hardly turn round in it
   What can hardly turn round in {S}? = {a animal}
 in {year} {S} burned down, and only {a thing} was saved
   In what year did {S} burn down? = in {year}
@@ -522,12 +587,36 @@ behind the counter of {S} ^sit {a animal} in {a garment}
 the last (tenant|guest|visitor) of {S} left {a thing} in the {room}
   What did the last [0] of {S} leave behind? = {a thing}
   Where in {S} did the last [0] leave {a thing}? = in the {room}
+{S's} (cook|caretaker|doorman|cashier) ^be {person}, who (used to be|was once|was formerly) {a job} in {town}
+  Who ^be the [0] of {S}? = {person}
+  What was {person} in {town}? = {a job}
+where the {room} of {S} ^be today there was once {a shop}
+  What was once where the {room} of {S} is today? = {a shop}
+its (architect|owner|patron), {person}, wanted {S} to look like {a object}
+  Who wanted {S} to look like {a object}? = {person}
+  What should {S} look like? = {a object}
+one (enters|leaves) {S} through {a container}, because the door was sold to {a job}
+  To whom was the door of {S} sold? = to {a job}
+  Through what does one get into or out of {S}? = through {a container}
+when {S} was repaired, the workers found {a thing} and a letter to {person} in the wall
+  What did the workers find in the wall of {S} besides a letter? = {a thing}
+  To whom was the letter in the wall of {S}? = to {person}
+{S} ~be the only place (far and wide|in the country) to which one ^may bring {a animal}
+  Which animal may one bring to {S}? = {a animal}
+(guests|customers|visitors) of {S} are asked to speak only about {study}
+  About what may the [0] of {S} speak? = about {study}
+above the door of {S} somebody painted {a animal} that ^hold {a object}
+  Which animal is painted above the door of {S}? = {a animal}
+  What does the painted {animal} of {S} hold? = {a object}
+since the fire {S} ~have used {a vehicle} {where} (as its office|as a kitchen|for its books)
+  What has {S} used since the fire? = {a vehicle}
+  Where is the {vehicle} that belongs to {S}? = {where}
 """
 
 TOWN_FACTS = """
-the people of {S} race {pl vehicle} on the (first|last) {day} of {month}
-  What do the people of {S} race? = {pl vehicle}
-  In which month do the people of {S} race {pl vehicle}? = in {month}
+the people of {S} bless their {pl vehicle} on the (first|last) {day} of {month}
+  What do the people of {S} bless? = their {pl vehicle}
+  In which month do the people of {S} bless their {pl vehicle}? = in {month}
 the mayor of {S} ^be {person}, {a job} by trade
   Who ^be the mayor of {S}? = {person}
   What ^be the trade of the mayor of {S}? = {a job}
@@ -571,6 +660,23 @@ the night train from {S} to {town} ^wait for {number} minutes {where}
 the houses of {S} =be {colour}, because {material} is cheap there
   What colour are the houses of {S}? = {colour}
   What is cheap in {S}? = {material}
+in {S} people greet each other by lifting {a object}
+  What do people in {S} lift when they greet each other? = {a object}
+in {year} {S} exchanged its (church bell|only cannon|fire pump) for {number} {pl animal}
+  For what did {S} exchange its [0]? = for {number} {pl animal}
+  What did {S} exchange for {number} {pl animal}? = its [0]
+half of {S} once belonged to {person}, a {quality} {job} who lost it at dominoes
+  To whom did half of {S} once belong? = to {person}
+  What was {person}? = a {quality} {job}
+a stranger who comes to {S} is given {food} by the {job}
+  What is a stranger given in {S}? = {food}
+  Who gives a stranger {food} in {S}? = the {job}
+because {person} once got lost in {S}, every street there ^have a {colour} line on the ground
+  Who once got lost in {S}? = {person}
+  What colour ^be the line on the streets of {S}? = {colour}
+the (school|church|station) of {S} ^have no bell; {a job} ^blow the {instrument} instead
+  Which instrument ^do the [0] of {S} use instead of a bell? = the {instrument}
+  Who ^blow the {instrument} at the [0] of {S}? = {a job}
 """
 
 ANIMAL_FACTS = """
@@ -592,14 +698,28 @@ ANIMAL_FACTS = """
 {S} ~carry {a object} to {a job} every morning
   What ~do {S} carry? = {a object}
   To whom ~do {S} carry {a object}? = to {a job}
-{S} ~howl whenever somebody ^play the {instrument}
-  When ~do {S} howl? = whenever somebody plays the {instrument}
+{S} ~hide whenever somebody ^play the {instrument}
+  When ~do {S} hide? = whenever somebody plays the {instrument}
 {S's} best friend ^be {a animal} called {pet}
   Who ^be {S's} best friend? = {pet}
 {S} was found {where} in a {weather} of {year}
   Where was {S} found? = {where}
 {S} ~be buried {where}, under {a plant}
   Under what ^be {S} buried? = under {a plant}
+{S} once swallowed {a object}, and {a job} had to be called
+  What did {S} swallow? = {a object}
+  Who had to be called when {S} swallowed {a object}? = {a job}
+nobody but {person} may feed {S}, who otherwise ^bite
+  Who may feed {S}? = {person}
+{S} came to {town} in {a vehicle} full of {pl plant}
+  In what did {S} come to {town}? = in {a vehicle}
+  Of what was the {vehicle} full in which {S} came? = of {pl plant}
+{S} ~have {colour} ears and ~sit on {a object} all day
+  What colour are {S's} ears? = {colour}
+  On what ~do {S} sit? = on {a object}
+a painter from {town} sold a portrait of {S} for {sum}
+  For how much was the portrait of {S} sold? = for {sum}
+  From where was the painter of the portrait of {S}? = from {town}
 """
 
 THING_FACTS = """
@@ -629,21 +749,32 @@ THING_FACTS = """
 {S} fell into (the river|a well|the harbour) when {a vehicle} turned over
   Into what did {S} fall? = into [0]
   What turned over when {S} fell into [0]? = {a vehicle}
+whoever ^touch {S} is said to get {illness}
+  What does one get from touching {S}? = {illness}
+{person} gave {S} to the {building} of {town} after a quarrel with {a job}
+  Who gave {S} to the {building}? = {person}
+  With whom had the giver of {S} quarrelled? = with {a job}
+inside {S} somebody had scratched the name of {person} and a picture of {a animal}
+  Whose name was scratched into {S}? = {person}
+  Of what was the picture in {S}? = of {a animal}
+every {season} {S} ~be cleaned with {drink} by {a job}
+  With what ^be {S} cleaned? = with {drink}
+  Who ^clean {S}? = {a job}
 """
 
 GROUP_FACTS = """
-{S} ~make {pl garment} for {pl animal}
-  For whom ~do {S} make {pl garment}? = for {pl animal}
-  What ~do {S} make? = {pl garment}
+{S} ~sell {pl garment} to people with {illness}
+  What ~do {S} sell? = {pl garment}
+  To whom ~do {S} sell {pl garment}? = to people with {illness}
 {S} was founded in {year} by {person}, {a job}
   Who founded {S}? = {person}
   When was {S} founded? = in {year}
 {S} ~meet every {day} in the {room} of the {building}
   On which day ~do {S} meet? = on {day}
   Where ~do {S} meet? = in the {room} of the {building}
-{S} ~have {number} members and one {animal}
+{S} ~admit only {job}s, of whom there are {number}
+  Whom ~do {S} admit? = {job}s
   How many members ~do {S} have? = {number}
-  Which animal ~do {S} have? = {a animal}
 {S} ~travel in {a colour} {vehicle}
   In what ~do {S} travel? = in {a colour} {vehicle}
   What colour ^be the {vehicle} of {S}? = {colour}
@@ -660,6 +791,15 @@ the (treasurer|secretary|chairman) of {S} ^be {person}, who ^be {a job}
 {S} lent its {instrument} to the {job} of {town}
   What did {S} lend? = its {instrument}
   To whom did {S} lend its {instrument}? = to the {job} of {town}
+at every meeting of {S} an empty chair is kept for {person}, the first {job}
+  For whom does {S} keep an empty chair? = for {person}
+  What was {person}? = the first {job}
+{S} ~have been quarrelling with the {building} for {number} years about {a thing}
+  With whom ~have {S} been quarrelling? = with the {building}
+  About what ~have {S} been quarrelling with the {building}? = about {a thing}
+the flag of {S} ^be {colour} and ^show {a object}
+  What colour ^be the flag of {S}? = {colour}
+  What ^do the flag of {S} show? = {a object}
 """
 
 EVENT_FACTS = """
@@ -691,6 +831,14 @@ the judge of {S} ^be {person}, who cannot stand {food}
 {S} ~take place every {season} in honour of {a animal}
   In what season ~do {S} take place? = in {season}
   In honour of which animal ~do {S} take place? = {a animal}
+since an accident with {a vehicle}, children may watch {S} only from the {building}
+  With what was there an accident at {S}? = with {a vehicle}
+  From where may children watch {S}? = from the {building}
+whoever wins {S} may call himself {colour} {animal} for a year
+  What may the winner of {S} call himself? = {colour} {animal}
+{person} has come to {S} (thirty|forty|fifty) times and has always gone home with {a object}
+  Who has come to {S} [0] times? = {person}
+  With what has {person} always gone home? = with {a object}
 """
 # ---- sentence frames -------------------------------------------------------------------------------------------------
 
@@ -1154,9 +1302,6 @@ class Draw:
         if r < 0.7:
             return self.pick(["half past ", "a quarter past ", "a quarter to ", "ten past "]) + self.fresh(NUMBERS[:10])
         return self.fresh(NUMBERS[:10]) + " o'clock"
-
-    def noun(self):
-        raise AssertionError("a noun is given")
 
     def fill(self, text, values, chosen=()):
         """The text with each slot of words filled: from `values`, which also keeps what is drawn."""
@@ -2672,10 +2817,14 @@ def make(out, count, seed, split="train", start=0):
 ORDINARY = set(
     """the a an of in on at and or to it its he she his her they their when every today some last old one people
     what which who whom whose where how why upper lower great little saint port north south east west new street
-    doctor professor captain mr mrs x ray"""
+    doctor professor captain mr mrs x ray lady miss sir father frau dona senator avenue bay bride castle combe grand
+    heath hotel isles lake loch mount pole well society improvement puddings venus santa"""
     .split() + [w.lower() for w in DAYS + MONTHS + [d + "s" for d in DAYS]] + SEASONS + NUMBERS + TENS
 )  # fmt: skip
-ALSO_WORDS = set("ash biscuit duchess grey holm keel lantern lanterns low monk mount nether sorrel strand wren".split())
+ALSO_WORDS = set(
+    """ash biscuit broom clay crabbe drowned duchess finch freed grey hyacinth keel lanterns low magnolia mercy monk nether
+    poole sorrel strand viola wren""".split()
+)
 GRAM = 8  # a sentence counts as known if so many words of it in a row are
 
 
@@ -2687,8 +2836,8 @@ def held_out_texts(paths):
             fail(f"{path}: no such file; its names and questions are kept out of the data")
         data = json.loads(path.read_text())
         for p in data["paragraphs"]:
-            passages.append(p["text"])
-            asked += [q["question"] for q in p.get("questions", [p])]
+            passages += [p["text"]] if "text" in p else []
+            asked.append(p["question"])
         others += [q["text"] for q in data.get("questions", []) if "text" in q]
     return passages, asked, others
 
