@@ -370,7 +370,7 @@ every {day} {S} ~play the {instrument} {where}
   What must be fed when {S} ~get up? = the {pl animal}
 {S} ~swim in the (river|lake|sea) at {time} with {his} {animal}
   At what time ~do {S} swim? = at {time}
-  Which animal swims with {S}? = {his} {animal}
+  Which animal ^swim with {S}? = {his} {animal}
 {S} ~have {a number}-year-old {animal} that ^answer to the name of {pet}
   What ^be the name of {S's} {animal}? = {pet}
   How old ^be {S's} {animal}? = {number} years
@@ -561,7 +561,7 @@ under {S} ^lie {a room} full of {drink}
   From which town did {S} borrow its {object}? = from {town}
 a covered walk leads from {S} to the {building2}
   Where does the covered walk from {S} lead? = to the {building2}
-the key of {S} ^be kept by {a job}, (whose name is|called) {person}
+the key of {S} ^be kept by {a job} (by the name of|called) {person}
   Who keeps the key of {S}? = {person}
   What ^be the job of {person}? = {a job}
 {S} ~be heated with {material} (since|because) the last {job} moved away
@@ -806,11 +806,11 @@ EVENT_FACTS = """
 {S} ~begin at {time} {where}
   When ~do {S} begin? = at {time}
   Where ~do {S} begin? = {where}
-last year {S} was won by {a job}, {person}
-  Who won {S} last year? = {person}
-  What was the profession of last year's winner of {S}? = {a job}
-the year before, {S} was won by {a job} riding {a animal}
-  What did the winner of {S} ride the year before? = {a animal}
+the latest winner of {S} ^be {person}, {a job}
+  Who ^be the latest winner of {S}? = {person}
+  What ^be the profession of the latest winner of {S}? = {a job}
+{S} was first won by {a job} on {a animal}
+  What did the first winner of {S} ride? = {a animal}
 the prize of {S} ^be {a colour} {object}
   What ^be the prize of {S}? = {a colour} {object}
 the losers of {S} must (eat|buy everyone) {food}
@@ -834,8 +834,8 @@ the judge of {S} ^be {person}, who cannot stand {food}
 since an accident with {a vehicle}, children may watch {S} only from the {building}
   With what was there an accident at {S}? = with {a vehicle}
   From where may children watch {S}? = from the {building}
-whoever wins {S} may call himself {colour} {animal} for a year
-  What may the winner of {S} call himself? = {colour} {animal}
+whoever wins {S} may call himself the {colour} {animal} for a year
+  What may the winner of {S} call himself? = the {colour} {animal}
 {person} has come to {S} (thirty|forty|fifty) times and has always gone home with {a object}
   Who has come to {S} [0] times? = {person}
   With what has {person} always gone home? = with {a object}
@@ -879,13 +879,42 @@ BEFORE = split_list("""of course|as it happens|strangely enough|oddly enough|as 
     it is no secret that|everybody knows that|few people know that|it is true that|the newspaper wrote that|
     the postman says that|(a visitor|an old woman) once noticed that|it may sound odd, but|in all these years|
     if the old (register|chronicle) can be trusted,|to the surprise of all,|to the annoyance of the mayor,|
-    for reasons of thrift,|without asking anyone,|no one can say why, but|by all accounts,|besides,|moreover,|
+    for reasons of thrift,|without asking anyone,|no one can say why, but|by all accounts,|besides,|moreover,|ask anyone, and you will hear that|I have it from two witnesses that|my aunt wrote to me that|
+    it must be added that|one thing is certain:|what surprised me most is that|the driver told us that|
+    the brochure does not mention that|historians agree that|it was only last week that I learned that|
+    the children told me that|in the end it turned out that|from an old diary we know that|it goes without saying that|
+    what is less well known:|on the way back we heard that|there is no doubt that|to make things worse,|
+    according to (the|an) (innkeeper|old guidebook|encyclopedia),|when we asked, we were told that|
     in spite of everything,|at the same time|as a rule|it is written in the parish book that""")
 AFTER = split_list(""", (although|even though) {reason}|, because {reason}|, (which|and this) (surprises|annoys|pleases|amuses)
     (nobody|everyone|the mayor|the neighbours|the tourists)|, and (nobody|no one) (knows why|has ever asked why|minds)|
     , so (people|the neighbours|the children) say|, and the whole (street|town|valley) talks about it|
     , as (the neighbours|two witnesses|old letters) confirm|, and not everybody likes it|, for better or worse|
     , at least since {reason}|, and that is all that is known|, which is hardly surprising""")
+
+# Two facts in one sentence.
+MERGED = """
+{S}, about whom little else is known, {vp1} and {vp2}
+anyone who ^ask after {S} will hear that {he} {vp1} and that {he} {vp2}
+it is said of {S} that {he} {vp1}; what is certain is that {he} {vp2}
+when somebody ^ask why {he} {vp1}, {S} ^reply that {he} {vp2}
+{S} {vp1}, or so it is told, and {he} {vp2}
+that {S} {vp1} is known to all; that {he} {vp2} is known to few
+{S} {vp1} (and|but) {he} {vp2}, all of which (amuses|worries|puzzles) the neighbours
+{S}, who {vp1}, {vp2}
+{S}, who (also|even) {vp1}, {vp2}
+{S} {vp1} and {vp2}
+{S} {vp1} and (also|besides) {vp2}
+{S} {vp1}; (besides|moreover), {he} {vp2}
+{S} {vp1}. as if this were not enough, {he} {vp2}
+{S} {vp1}. and that is not all: {he} {vp2}
+it is one thing that {S} {vp1}, and another that {he} {vp2}
+in the same year in which it became known that {S} {vp1}, a newspaper found out that {he} {vp2}
+{S} {vp1}, which did not prevent the rumour (that money was short|of great wealth); {he} {vp2}
+people remember two things about {S}: {he} {vp1}, and {he} {vp2}
+only a fool would believe that {S}, who {vp1}, ^do so for money: {he} {vp2}
+"{S}? The one who {vp1}?" the (porter|driver|girl) asked. "{he} {vp2}."
+"""
 
 WRONG = """
 (many people|most strangers|some people) (think|believe|say) that {wrong}, but (that is not true|this is a mistake): {right}
@@ -952,7 +981,7 @@ the old people still speak of it
 (children|visitors) are warned not to come too close
 """
 PROSE = """
-the {weather} had {adverb} (left|gone) by the time the {people} (came back|went home|woke up)
+the {weather} had (long|nearly|quite) gone by the time the {people} (came back|went home|woke up)
 (on the other side of|beyond|along|above) the {scene} the {scene2} (lay|stretched|rose) (in the sun|in the dark|without a sound)
 it was (one of those|a day like other) (days|mornings|evenings) (when|on which) the {scene} looks {look}
 the {people} of the {scene} had seen {manner} (years|winters|summers), and they did not (complain|worry|talk) much
@@ -991,6 +1020,38 @@ the (first|last) guests brought {things}, and they were thanked {adverb}
 after the {weather} the {scene} smelled of {smell}, and the {people} opened their windows
 not every {creature} likes the {scene}, but some {people} do
 for a long time there was nothing to (do|see|hear) except the {scene} and the {weather}
+on the way to the {scene} one passes {things}, {things2} and a {look} house in which nobody lives
+a (letter|telegram|parcel) for one of the {people} lay (three days|a week|all winter) at the station
+(my|our) grandfather used to say that a {scene} without {weather} is like a (song|house|dog) without a name
+she looked at the {scene}, then at her watch, and (closed|opened) the (book|window|umbrella) again
+we walked along the {scene} (for an hour|until noon|in silence) and met nobody but some {people}
+I had never seen so many {things} in one place, and I have seen many
+the (innkeeper|guide|ferryman) laughed and said that the {scene} was not always so {look}
+where the {things} end, the {scene} begins, and there the {people} meet (at night|in spring|once a year)
+(three|four|a dozen) of the {people} sat on {things} and (argued|talked|kept silent) about the {weather}
+"you should have come in the {weather}," the {people} like to say, "then the {scene} is {look}"
+he (shrugged|nodded|sighed), took his hat and went out into the {weather}
+there is nothing remarkable about the {scene}, apart from the {things}
+the {scene} is best seen early, before the {people} come and the {things} are set up
+although nobody admits it, most of the {people} are tired of the {weather}
+in (old pictures|older maps|the oldest photographs) the {scene} is {look}, and there are no {things} in it
+(a loose|an open|a broken) (shutter|drawer|fence) can keep the {people} busy for days
+to this day the {people} cannot agree where the {scene} ends and the {scene2} begins
+what the {people} miss most, when they are away, is the smell of {smell}
+perhaps it was the {weather}, perhaps the {smell}, but suddenly everybody felt hungry
+during the war the {scene} was full of {people}; afterwards only the {things} remained
+the {creature} that lives in the {scene} has been counted (twice|by mistake|every year), and its number is always one
+(once|years ago) a film was to be made in the {scene}, but the {weather} lasted too long
+nothing is as {look} as a {scene} in the {weather}, unless it is a {scene2} without {people}
+when the {things} had been carried away, the {people} stood {adverb} in the empty {scene}
+on some evenings a {look} {weather} hangs over the {scene} like a curtain
+the {people} were paid badly, ate {adverb} and went to bed early
+(a century|two hundred years|a long time) ago this was all {scene}, as the {things} still show
+the second {scene} is larger than the first, but it has fewer {things} and more {weather}
+a {creature} had made its nest among the {things}, and so the {people} left them where they were
+you will recognise the {scene} by its {things}, which are {look}, and by the {people}, who are not
+some say that the {weather} comes from the {scene}, others that it comes from the (north|hills|sea)
+before the {weather} set in, the {people} had already covered the {things} with (straw|sailcloth|blankets)
 if the {weather} lasts, the {scene} will be {look} before the week is over
 """
 PROSE_WORDS = {
@@ -1003,7 +1064,7 @@ PROSE_WORDS = {
         ordinary narrow steep lonely foreign calm peaceful dull soft misty crowded neat shabby warm""",
     "things": """boats fences carts walls roofs benches lamps signs barrels chairs nets tents wheels stones crates flags
         stairs ropes ladders tables curtains sheds chimneys tiles sacks steps gates posters shelves""",
-    "adverb": """slowly quietly early finally gladly already suddenly hardly patiently politely silently calmly almost
+    "adverb": """slowly quietly gladly patiently politely silently calmly solemnly warmly loudly bravely
         secretly anxiously gently eagerly wearily carefully happily""",
     "smell": """smoke hay tar salt bread leather apples wet wool coffee mud resin soap pepper roses fish paint dust straw
         oil cinnamon moss""",
@@ -1092,7 +1153,7 @@ PAST = dict(
     get=got swim=swam pay=paid speak=spoke make=made teach=taught have=had do=did say=said stand=stood send=sent run=ran
     hang=hung lie=lay lose=lost steal=stole take=took know=knew ride=rode cost=cost begin=began bring=brought go=went
     hide=hid lead=led may=might swear=swore tell=told build=built find=found meet=met sing=sang drive=drove hear=heard
-    buy=bought think=thought travel=travelled stop=stopped practise=practised""".split()
+    buy=bought think=thought travel=travelled stop=stopped admit=admitted swim=swam""".split()
 )
 
 
@@ -1123,7 +1184,7 @@ def article(noun):
     """The noun with "a" or "an". No word of the lists has a silent h or begins like "unit" except those named."""
     word = noun.lower()
     vowel = word[0] in "aeio" or (word[0] == "u" and not word.startswith(("uni", "uku")))
-    return ("an " if vowel and not word.startswith(("one-", "ewe")) else "a ") + noun
+    return ("an " if vowel and not word.startswith(("one", "ewe")) or word.startswith("hour") else "a ") + noun
 
 
 def plural(noun):
@@ -1337,7 +1398,7 @@ class Subject:
         self.kind, self.full, self.short, self.noun = kind, full, list(short), noun
         self.he, self.him, self.his = pronouns
         self.facts = []
-        self.job = None
+        self.job = self.kin = None
 
 
 SHE, HE, IT, THEY = ("she", "her", "her"), ("he", "him", "his"), ("it", "it", "its"), ("they", "them", "their")
@@ -1384,6 +1445,20 @@ class Fact:
         """The verb phrase, for "who ..."; only where `verbal`."""
         return self.clause[4:]
 
+    def contrast(self, draw):
+        """The clause with "not on Monday but on Sunday" in place of "on Sunday", or None."""
+        found = [m for m in CONTRASTED.finditer(self.pattern) if m[3].rstrip("0123456789") in draw.bank.words]
+        if not found or "{S} never" in self.pattern:
+            return None
+        m = draw.pick(found)
+        if self.pattern.count(m[3]) > 1:  # the word stands in the clause twice
+            return None
+        other = dict(self.values)
+        other[m[3]] = draw.value(m[3].rstrip("0123456789"))
+        phrase = f"{m[1]}{{{m[2]}{m[3]}}}"
+        both = f"not {draw.fill(phrase, other)} but {draw.fill(phrase, self.values)}"
+        return draw.fill(self.pattern[: m.start()] + both + self.pattern[m.end() :], self.values, self.chosen)
+
     def wrong(self, draw):
         """The clause with one word changed, or None."""
         keys = [k for k in self.values if k.rstrip("0123456789") in draw.bank.words]
@@ -1398,6 +1473,9 @@ class Fact:
 TIMED = re.compile(
     r"\b(every|once|before|when|whenever|year|winter|summer|spring|autumn|night|morning|last|until|while|at|in \d+|"
     r"used to|never|always|still|often|[A-Z][a-z]+days?)\b"
+)
+CONTRASTED = re.compile(
+    r"(?<!a )(?<!the )(?<!\} )((?:(?:in|at|to|from|with|on|by|of|for|under|behind|near|over|after) )?)\{((?:a |pl )?)([a-z]+\d?)\}(?![\w' -]* (?:of|from|in|that|who|called)\b)"
 )
 YEARS = [str(y) for y in range(1683, 1990)]
 COINS = "coins crowns pennies shillings dollars francs marks guilders".split()
@@ -1430,7 +1508,9 @@ def new_place(draw, past):
 def new_town(draw, past):
     town = draw.town()
     if draw.chance(0.4):
-        return Subject("town", f"the {draw.pick(['village', 'town', 'island', 'port'])} of {town}", [town], IT, "place")
+        return Subject(
+            "town", f"the {draw.pick(['village', 'town', 'parish', 'district'])} of {town}", [town], IT, "place"
+        )
     return Subject("town", town, [town], IT, "town")
 
 
@@ -1497,6 +1577,8 @@ class Story:
                 self.add(kind, facts_each, rivals)
             except Spent:
                 continue
+        if self.draw.chance(0.7):
+            self.relate()
         self.facts = [f for s in self.subjects for f in s.facts]
 
     def add(self, kind, facts_each, rivals):
@@ -1529,6 +1611,20 @@ class Story:
         self.subjects.append(subject)
 
     # ---- a subject's sentences ----
+
+    def relate(self):
+        """Makes one person the sister (neighbour, ...) of another: (her description, her)."""
+        people = [s for s in self.subjects if s.kind == "person"]
+        if len(people) < 2:
+            return
+        a, b = self.draw.rng.sample(people, 2)
+        kin = self.draw.value("kin")
+        if kin in (MALE_KIN if b.he == "she" else FEMALE_KIN):
+            return
+        rule = Rule("kin", "{S's} {kin} ^be {person}", [("Who ^be {S's} {kin}?", "{person}")])
+        fact = Fact(self.draw, rule, a, dict(kin=kin, person=b.full))
+        a.facts.append(fact)
+        b.kin = f"{a.full}'s {kin}"
 
     def ref(self, s, first):
         """What the subject is called in the next sentence."""
@@ -1586,15 +1682,20 @@ class Story:
                 ref = draw.pick(s.short)
             r = draw.rng.random()
             text, facts = None, (f,)
-            if f.verbal and r < 0.14 and (g := take(lambda x: x.verbal)):
+            if f.verbal and r < 0.16 and (g := take(lambda x: x.verbal)):
                 facts = (f, g)
-                text = say(draw.pick([
-                    f"{{S}}, who {f.vp()}, {g.vp()}", f"{{S}} {f.vp()} and {g.vp()}", f"{{S}} {f.vp()}, but {{he}} {g.vp()}",
-                    f"{{S}} {f.vp()} and also {g.vp()}", f"{{S}} {f.vp()}, and besides {g.vp()}",
-                    f"{{S}} {f.vp()}; besides, {{he}} {g.vp()}",
-                ][1 if ref == s.he else 0 :]), ref)  # fmt: skip
+                key, frame = draw.pick(draw.bank.lines["merged"])
+                draw.templates.append(key)
+                text = draw.choose(frame)[0].replace("{vp1}", f.vp()).replace("{vp2}", g.vp())
                 if s.kind != "person":
-                    text = text.replace(", who ", ", which ")
+                    text = (
+                        text.replace("who (also|even)", "which")
+                        .replace(", who ", ", which ")
+                        .replace("about whom", "about which")
+                    )
+                if ref == s.he and not text.startswith("{S} {"):
+                    ref = draw.pick(s.short)
+                text = ". ".join(capital(x) for x in say(text, ref).split(". "))
             elif f.owned and r < 0.2 and ref != s.he and (g := take(lambda x: x.verbal)):
                 facts = (f, g)
                 text = say(f"{{S}}, whose {f.clause[6:]}, {g.vp()}", ref)
@@ -1604,12 +1705,14 @@ class Story:
                 text = (
                     say(f.clause, ref) + link + say(g.clause, s.he if g.clause.startswith("{S") else draw.pick(s.short))
                 )
-            elif r < 0.4 and (wrong := self.wrong(f)):
+            elif r < 0.36 and '"' not in f.clause and (contrast := self.contrast(f)):
+                text = say(contrast, ref)
+            elif r < 0.42 and (wrong := self.wrong(f)):
                 key, frame = draw.pick(draw.bank.lines["wrong"])
                 draw.templates.append(key)
                 right = say(f.clause, s.he if draw.chance(0.5) else ref)
                 text = draw.choose(frame)[0].replace("{right}", right).replace("{wrong}", say(wrong, ref))
-            elif r < 0.5 and s.kind == "person" and (f.verbal or f.owned) and '"' not in f.clause:
+            elif r < 0.51 and s.kind == "person" and (f.verbal or f.owned) and '"' not in f.clause:
                 key, frame = draw.pick(draw.bank.lines["speech"])
                 draw.templates.append(key)
                 clause = put(f.clause, s, "I", False)
@@ -1619,7 +1722,7 @@ class Story:
                     clause = capital(clause)
                 if ref == s.he:
                     frame = frame.replace("{says} {S}", "{S} {says}")
-                says = draw.pick(["say", "explain", "answer", "admit", "repeat", "insist"])
+                says = draw.pick(["say", "say", "explain", "answer", "admit", "repeat", "insist", "reply"])
                 text = frame.replace("{clause}", clause).replace("{says}", inflect(says, "3", past)).replace("{S}", ref)
                 if text.endswith('"'):
                     text = text[:-1] + '."'
@@ -1641,6 +1744,12 @@ class Story:
     def wrong(self, f):
         try:
             return f.wrong(self.draw)
+        except Spent:
+            return None
+
+    def contrast(self, f):
+        try:
+            return f.contrast(self.draw)
         except Spent:
             return None
 
@@ -1735,8 +1844,8 @@ def ask_fact(draw, story, fact, two):
             if not others or "{S" not in text or len(text) > 70:
                 return None
             by = draw.pick(others)
-            ref = put(description(draw, by), s, s.full, past)
             key += f"+{by.rule.key}"
+            ref = s.kin if s.kin and draw.chance(0.6) else put(description(draw, by), s, s.full, past)
         elif s.job and fact.rule.key != "home" and draw.chance(0.15):
             ref = f"the {s.job} of {s.town}"
         values = fact.values
@@ -1747,13 +1856,17 @@ def ask_fact(draw, story, fact, two):
     r = draw.rng.random()
     if r < 0.5:
         answer = full
-    elif r < 0.68 and k != n:
+    elif r < 0.68 and k != n and fact.clause.startswith("{S"):
         answer = put(fact.clause, s, s.he, past)
     elif r < 0.72:
         answer = draw.pick(["According to the text, ", "The text says that "]) + full
     else:
         answer = short
     return dict(question=question, answer=sentence(answer))
+
+
+MALE_KIN = {"brother", "uncle", "grandfather", "nephew", "son", "landlord"}
+FEMALE_KIN = {"sister", "aunt", "grandmother", "niece", "daughter", "godmother"}
 
 
 def unique(text, phrase):
@@ -2765,7 +2878,7 @@ Go on word for word: "{begin}"
 In the text, which words follow "{begin}"?"""
 FACTS = dict(person=PERSON, place=PLACE, town=TOWN_FACTS, animal=ANIMAL_FACTS, thing=THING_FACTS, group=GROUP_FACTS,
              event=EVENT_FACTS)  # fmt: skip
-LINES = dict(introduction=INTRODUCTIONS, place_introduction=PLACE_INTRODUCTIONS, wrong=WRONG, speech=SPEECH,
+LINES = dict(introduction=INTRODUCTIONS, merged=MERGED, place_introduction=PLACE_INTRODUCTIONS, wrong=WRONG, speech=SPEECH,
              about_person=ABOUT_PERSON, about_any=ABOUT_ANY, prose=PROSE, **QUESTIONS)  # fmt: skip
 # ---- trees -----------------------------------------------------------------------------------------------------------
 
