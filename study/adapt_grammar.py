@@ -1354,3 +1354,118 @@ FACTS = dict(person=PERSON, place=PLACE, town=TOWN_FACTS, animal=ANIMAL_FACTS, t
              event=EVENT_FACTS)  # fmt: skip
 LINES = dict(introduction=INTRODUCTIONS, merged=MERGED, place_introduction=PLACE_INTRODUCTIONS, wrong=WRONG, speech=SPEECH,
              about_person=ABOUT_PERSON, about_any=ABOUT_ANY, prose=PROSE, **QUESTIONS)  # fmt: skip
+
+# ---- how entries of lists and other texts are written; both splits have them all ----
+
+FORMS = dict(
+    entry=[
+        "{k}: {v}",
+        "{k} = {v}",
+        "- {k}: {v}",
+        "* {k} -> {v}",
+        "{k}\t{v}",
+        '"{k}": "{v}",',
+        "{k} ({v})",
+        "{k} | {v}",
+        "{k}, {v}",
+        "{i}. {k} - {v}",
+        "[{k}] {v}",
+        "the {value} of {k} is {v}",
+        "{k} has the {value} {v}",
+    ],
+    entries_head=[
+        "List of the {value}s by {key}",
+        "{key}: {value}",
+        "Here is the {value} for each {key}.",
+        "{Key} and {value}:",
+        "The following list gives every {key} and its {value}.",
+    ],
+    row=[
+        "For {k}, {rest}",
+        "As to {k}, {rest}",
+        "{k}: {rest}",
+        "{k} stands in the list with {rest}",
+        "{k} comes with {rest}",
+    ],
+    departure=[
+        "{t} {what} to {to}, {place} {p}, arrives {a}",
+        "{to}: departure {t}, {place} {p}, arrival {a}",
+        "The {t} {what} goes to {to} from {place} {p} and arrives at {a}.",
+        "{t} | {to} | {place} {p} | {a}",
+        "At {t} the {what} to {to} leaves from {place} {p}; it is there at {a}.",
+    ],
+    ingredient=["- {a} of {t}", "{t}: {a}", "{a} of {t}", "* {t} ({a})"],
+    stock=[
+        "{t}: {c}, {p}",
+        "{c} {t} ({p})",
+        "{c} x {t} - {p}",
+        "{p}: {c} {t}",
+        "In {p} there are {c} {t}.",
+        "{T}, {c} of them, are kept in {p}.",
+        "There are {c} {t} in {p}.",
+    ],
+    turn=["{s}: {t}", "- {s}: {t}", "[{s}] {t}", '{s}: "{t}"', '"{t}" said {s}.', '{s} said: "{t}"'],
+    year=["{y}: {t}", "In {y} {u}", "({y}) {t}", "- {y} - {t}", "From the year {y} we read: {t}", "{y}. {t}"],
+    entry_of_log=["[{t}] {e}", "{t} {e}", "{t} - {e}", "{t}: {e}.", "At {t} {e}."],
+    owner=[
+        "{p} owns the {t}",
+        "the {t} belongs to {p}",
+        "{p} is the owner of the {t}",
+        "the {t} was given to {p}",
+        "what {p} has bought is the {t}",
+    ],
+    lies=[
+        "the {t} is {w}",
+        "you will find the {t} {w}",
+        "the {t} was left {w}",
+        "{w} lies the {t}",
+        "the {t} stands {w}",
+    ],
+    coloured=["the {t} is {c}", "{c} is the colour of the {t}", "somebody painted the {t} {c}"],
+    meaning=[
+        '"{w}" means "{m}"',
+        "{w}: {m}",
+        "{w} = {m}",
+        "the word for {m} is {w}",
+        "{m} is called {w}",
+        "they say {w} when they mean {m}",
+        "{w} stands for {m}",
+    ],
+)
+GLOSSARY_HEADS = [
+    "Some words in the language of {}:\n",
+    "A short dictionary ({})\n",
+    "",
+    "In {} people have words of their own. ",
+]
+SUBJECT_LINES = ["News", "Hello", "About me", "A few lines", "Answer to your questions"]
+SIGNED = ["Yours", "With best wishes", "Your old friend", "Yours sincerely", "Love"]
+MEASURES = ["spoons", "cups", "handfuls", "pinches", "slices"]
+GROUPS = ["{instrument} band", "{hobby} club", "{job}s' guild", "society for {study}", "choir", "{garment} company"]
+TOWN_BEFORE = ["Upper", "Lower", "Great", "Little", "Old", "Saint", "Port", "North", "West"]
+BY = ["behind", "beside", "opposite", "near", "next to", "close to", "above"]
+BY_BUILDING = [
+    "behind",
+    "beside",
+    "opposite",
+    "in the yard of",
+    "on the roof of",
+    "in front of",
+    "at the back of",
+    "in the cellar of",
+]
+TIMES = ["noon", "midnight", "dawn", "sunset", "daybreak", "dusk", "tea-time", "low tide", "high tide"]
+BEFORE_HOUR = ["half past", "a quarter past", "a quarter to", "ten past"]
+AGES = [
+    *NUMBERS[7:],
+    "twenty-two",
+    "thirty-one",
+    "thirty-six",
+    "forty",
+    "forty-five",
+    "fifty-two",
+    "sixty",
+    "seventy-one",
+]
+YEARS = [str(y) for y in range(1683, 1990)]
+COINS = "coins crowns pennies shillings dollars francs marks guilders".split()
