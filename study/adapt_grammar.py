@@ -252,7 +252,7 @@ every {day} {S} ~play the {instrument} {where}
 {S} ~teach {hobby} to (the children|the old people|the soldiers|the prisoners) of {town}
   What ~do {S} teach in {town}? = {hobby}
   In which town ~do {S} teach {hobby}? = in {town}
-{S} (learned|first tried) {hobby} from {a job} called {person}
+{S} learned {hobby} from {a job} called {person}
   What did {S} learn from {person}? = {hobby}
   From whom did {S} learn {hobby}? = from {person}
 {S's} only hobby ^be {hobby}
@@ -309,9 +309,9 @@ every {day} {S} ~play the {instrument} {where}
 {S} once pulled {a animal} out of the water near the {building}
   What did {S} pull out of the water? = {a animal}
   Near which building did {S} pull {a animal} out of the water? = near the {building}
-{S} ~have {number} {kin}s, and all of them =be {job}s
-  How many {kin}s ~do {S} have? = {number}
-  What are {S's} {kin}s by profession? = {job}s
+{S} ~have {number} (cousins|nephews|nieces|aunts|children), and all of them =be {pl job}
+  How many [0] ~do {S} have? = {number}
+  What =be {S's} [0] by profession? = {pl job}
 {S's} {kin} (from|in) {town} ^send {him} {food} at (Christmas|Easter|the end of the year)
   What ~do {S} get from {his} {kin}? = {food}
   Where ~do {S's} {kin} live? = in {town}
@@ -430,14 +430,14 @@ whoever ^visit {S} must first drink {drink} and admire the {pl plant}
 {S} took {his} {animal} to a doctor in {town}, who prescribed {food}
   What did the doctor in {town} prescribe for {S's} {animal}? = {food}
   In which town was the doctor to whom {S} took {his} {animal}? = in {town}
-{S} promised {his} {kin} {a thing}, but gave {him} {a object2} instead
+{S} promised {his} {kin} {a thing}, but in the end it was only {a object2}
   What did {S} promise {his} {kin}? = {a thing}
   What did {S} give instead of the {thing}? = {a object2}
 {S} wanted to become {a job}, but {his} {kin} would not have it, and so {he} became {a job2}
   What did {S} want to become? = {a job}
   What did {S} become instead of {a job}? = {a job2}
-{S} ~hang {his} {garment} on the (horns|antlers|ears) of a {material} {animal}
-  On what ~do {S} hang {his} {garment}? = on the [0] of a {material} {animal}
+{S} ~hang {his} {garment} on the (horns|antlers|ears) of {a material} {animal}
+  On what ~do {S} hang {his} {garment}? = on the [0] of {a material} {animal}
   What ~do {S} hang on the {material} {animal}? = {his} {garment}
 for lack of {a object} {S} ~use {a object2}
   What ~do {S} use because {he} ~lack {a object}? = {a object2}
@@ -547,8 +547,8 @@ in {year} {S} burned down, and only {a thing} was saved
 {S} ~offer lessons in {hobby} every {day}
   In what ~do {S} offer lessons? = in {hobby}
   On what day are there lessons in {S}? = on {day}
-{S} ~employ {number} {job}s and one {job2}
-  How many {job}s ~do {S} employ? = {number}
+{S} ~employ {number} {pl job} and one {job2}
+  How many {pl job} ~do {S} employ? = {number}
 {S} ~smell of {food} and {drink}
   What ~do {S} smell of? = of {food} and {drink}
 behind the counter of {S} ^sit {a animal} in {a garment}
@@ -562,7 +562,7 @@ the last (tenant|guest|visitor) of {S} left {a thing} in the {room}
   What was {person} in {town}? = {a job}
 where the {room} of {S} ^be today there was once {a shop}
   What was once where the {room} of {S} is today? = {a shop}
-its (architect|owner|patron), {person}, wanted {S} to look like {a object}
+the (architect|owner|patron) of {S}, {person}, wanted it to look like {a object}
   Who wanted {S} to look like {a object}? = {person}
   What should {S} look like? = {a object}
 one (enters|leaves) {S} through {a container}, because the door was sold to {a job}
@@ -593,7 +593,7 @@ the mayor of {S} ^be {person}, {a job} by trade
 {S} ~be known for its {pl instrument}, which are made of {material}
   What ^be {S} known for? = for its {pl instrument}
   Of what are the {pl instrument} of {S} made? = of {material}
-every {season} the {event} of {S} ^begin with a {colour} flag
+every {season} the {event} of {S} ^begin with {a colour} flag
   What event is held in {S}? = the {event}
   What colour ^be the flag at the {event} of {S}? = {colour}
 the (clock|weathervane|bell) on the {building} of {S} was (given|paid for) by {a job}
@@ -635,13 +635,13 @@ in {S} people greet each other by lifting {a object}
 in {year} {S} exchanged its (church bell|only cannon|fire pump) for {number} {pl animal}
   For what did {S} exchange its [0]? = for {number} {pl animal}
   What did {S} exchange for {number} {pl animal}? = its [0]
-half of {S} once belonged to {person}, a {quality} {job} who lost it at dominoes
+half of {S} once belonged to {person}, {a quality} {job} who lost it at dominoes
   To whom did half of {S} once belong? = to {person}
-  What was {person}? = a {quality} {job}
+  What was {person}? = {a quality} {job}
 a stranger who comes to {S} is given {food} by the {job}
   What is a stranger given in {S}? = {food}
   Who gives a stranger {food} in {S}? = the {job}
-because {person} once got lost in {S}, every street there ^have a {colour} line on the ground
+because {person} once got lost in {S}, every street there ^have {a colour} line on the ground
   Who once got lost in {S}? = {person}
   What colour ^be the line on the streets of {S}? = {colour}
 the (school|church|station) of {S} ^have no bell; {a job} ^blow the {instrument} instead
@@ -742,8 +742,8 @@ GROUP_FACTS = """
 {S} ~meet every {day} in the {room} of the {building}
   On which day ~do {S} meet? = on {day}
   Where ~do {S} meet? = in the {room} of the {building}
-{S} ~admit only {job}s, of whom there are {number}
-  Whom ~do {S} admit? = {job}s
+{S} ~admit only {pl job}, of whom there are {number}
+  Whom ~do {S} admit? = {pl job}
   How many members ~do {S} have? = {number}
 {S} ~travel in {a colour} {vehicle}
   In what ~do {S} travel? = in {a colour} {vehicle}
@@ -848,7 +848,7 @@ there are few reasons to visit {town}, but one of them ^be the {noun}, {which}
 # What may stand before a clause, and what may follow one.
 BEFORE = split_list("""of course|as it happens|strangely enough|oddly enough|as everybody knows|so people say|for some reason|
     it is no secret that|everybody knows that|few people know that|it is true that|the newspaper wrote that|
-    the postman says that|(a visitor|an old woman) once noticed that|it may sound odd, but|in all these years|
+    the postman says that|(a visitor|an old woman) once noticed that|it may sound odd, but|
     if the old (register|chronicle) can be trusted,|to the surprise of all,|to the annoyance of the mayor,|
     for reasons of thrift,|without asking anyone,|no one can say why, but|by all accounts,|besides,|moreover,|ask anyone, and you will hear that|I have it from two witnesses that|my aunt wrote to me that|
     it must be added that|one thing is certain:|what surprised me most is that|the driver told us that|
@@ -1095,7 +1095,7 @@ Give the {value} of {k}.
 Look up the {value} for {k}.
 What {value} is listed for {k}?
 Which {value} does the list give for {k}?
-{k} has a {value}. Which one?
+Which {value} goes with {k}?
 What stands beside {k} under {value}?
 Tell me the {value} of {k}.
 For {k}, what is the {value}?""",
@@ -1400,9 +1400,9 @@ FORMS = dict(
         "{c} {t} ({p})",
         "{c} x {t} - {p}",
         "{p}: {c} {t}",
-        "In {p} there are {c} {t}.",
-        "{T}, {c} of them, are kept in {p}.",
-        "There are {c} {t} in {p}.",
+        "{W} there are {c} {t}.",
+        "{T}, {c} of them, are kept {w}.",
+        "There are {c} {t} {w}.",
     ],
     turn=["{s}: {t}", "- {s}: {t}", "[{s}] {t}", '{s}: "{t}"', '"{t}" said {s}.', '{s} said: "{t}"'],
     year=["{y}: {t}", "In {y} {u}", "({y}) {t}", "- {y} - {t}", "From the year {y} we read: {t}", "{y}. {t}"],
@@ -1441,7 +1441,7 @@ GLOSSARY_HEADS = [
 SUBJECT_LINES = ["News", "Hello", "About me", "A few lines", "Answer to your questions"]
 SIGNED = ["Yours", "With best wishes", "Your old friend", "Yours sincerely", "Love"]
 MEASURES = ["spoons", "cups", "handfuls", "pinches", "slices"]
-GROUPS = ["{instrument} band", "{hobby} club", "{job}s' guild", "society for {study}", "choir", "{garment} company"]
+GROUPS = ["{instrument} band", "{hobby} club", "guild of {pl job}", "society for {study}", "choir", "{garment} company"]
 TOWN_BEFORE = ["Upper", "Lower", "Great", "Little", "Old", "Saint", "Port", "North", "West"]
 BY = ["behind", "beside", "opposite", "near", "next to", "close to", "above"]
 BY_BUILDING = [

@@ -133,7 +133,8 @@ class Bank:
 PAST = dict(
     pair.split("=")
     for pair in """keep=kept leave=left sleep=slept eat=ate drink=drank wear=wore sell=sold grow=grew sit=sat
-    write=wrote get=got swim=swam pay=paid speak=spoke make=made teach=taught have=had do=did say=said stand=stood send=sent run=ran
+    write=wrote get=got swim=swam pay=paid speak=spoke make=made teach=taught have=had do=did say=said stand=stood
+    send=sent run=ran
     hang=hung lie=lay lose=lost steal=stole take=took know=knew ride=rode cost=cost begin=began bring=brought go=went
     hide=hid lead=led may=might swear=swore tell=told build=built find=found meet=met sing=sang drive=drove hear=heard
     buy=bought think=thought travel=travelled stop=stopped admit=admitted hold=held bite=bit blow=blew""".split()
@@ -406,7 +407,7 @@ class Fact:
     def contrast(self, draw):
         """The clause with "not on Monday but on Sunday" in place of "on Sunday", or None."""
         found = [m for m in CONTRASTED.finditer(self.pattern) if m[3].rstrip("0123456789") in draw.bank.words]
-        if not found or re.search(r"\b(only|never|nothing|but|not)\b", self.pattern):
+        if not found or re.search(r"\b(only|never|nothing|but|not|refused)\b", self.pattern):
             return None
         m = draw.pick(found)
         if self.pattern.count(m[3]) > 1:  # the word stands in the clause twice
@@ -488,7 +489,7 @@ def new_thing(draw):
 
 def new_group(draw):
     name = draw.fill(draw.pick(GROUPS), {})
-    short = "society" if " for " in name else name.split()[-1]
+    short = re.match("(guild|society)|", name)[0] or name.split()[-1]
     return Subject("group", f"the {name} of {draw.town()}", [f"the {short}"], IT, "group")
 
 
@@ -652,7 +653,7 @@ class Story:
             elif r < 0.42 and (wrong := self.wrong(f)):
                 key, frame = draw.pick(draw.bank.lines["wrong"])
                 draw.templates.append(key)
-                right = say(f.clause, s.he if draw.chance(0.5) else ref)
+                right = say(f.clause, s.he if f.clause.startswith("{S") and draw.chance(0.5) else ref)
                 text = draw.choose(frame)[0].replace("{right}", right).replace("{wrong}", say(wrong, ref))
             elif r < 0.51 and s.kind == "person" and (f.verbal or f.owned) and '"' not in f.clause:
                 key, frame = draw.pick(draw.bank.lines["speech"])
@@ -677,8 +678,10 @@ class Story:
             out.append(Told(sentence(text), facts))
             if draw.chance(0.22):
                 name = "about_person" if s.kind == "person" and draw.chance(0.6) and not self.mixed else "about_any"
-                key, text = draw.pick(draw.bank.lines[name])
-                out.append(Told(sentence(say(draw.choose(text)[0], s.he)), ()))
+                _, text = draw.pick(draw.bank.lines[name])
+                if text not in draw.used:
+                    draw.used.add(text)
+                    out.append(Told(sentence(say(draw.choose(text)[0], s.he)), ()))
         return out
 
     def wrong(self, f):
@@ -822,7 +825,7 @@ def ask_quote(draw, story, passage):
         question = put(question, fact.subject, fact.subject.full, story.past)
         return dict(question=draw.line("quote_fact").format(question=capital(question)), answer=fact.said)
     words = [w.strip('",.;:') for w in told.text.split()]
-    words = [w for w in words if len(w) > 4 and unique(passage, w)]
+    words = [w for w in words if len(w) > 4 and unique(passage.lower(), w.lower())]
     if not words or not unique(passage, told.text):
         return None
     return dict(question=draw.line("quote_word").format(word=draw.pick(words)), answer=told.text)
@@ -1099,8 +1102,12 @@ def inventory(draw):
         else draw.pick([f"shelf {draw.pick('ABCDEFGH')}{draw.between(1, 30)}", f"box {draw.between(1, 99)}"])
         for _ in things
     ]
+    where = [f"{'on' if p.startswith('shelf') else 'in'} {p}" for p in places]
     form = draw.form("stock")
-    lines = [capital(form.format(t=t, T=capital(t), c=c, p=p)) for t, c, p in zip(things, numbers, places, strict=True)]
+    lines = [
+        capital(form.format(t=t, T=capital(t), c=c, p=p, w=w, W=capital(w)))
+        for t, c, p, w in zip(things, numbers, places, where, strict=True)
+    ]
     owner = draw.fill(draw.pick(["the {building} of {town}", "{person}", "the {shop}"]), {})
     head = draw.pick(["Inventory of {}", "What {} has in store:", "Stock list, {}"]).format(owner)
     text = head + "\n" + draw.pick(["\n", " "] if form.endswith(".") else ["\n"]).join(lines)
@@ -1109,7 +1116,7 @@ def inventory(draw):
         i = draw.between(0, n - 1)
         kinds = {
             "count": (numbers[i], f"There are {numbers[i]} {things[i]}"),
-            "place": (f"in {places[i]}", f"The {things[i]} are in {places[i]}"),
+            "place": (where[i], f"The {things[i]} are {where[i]}"),
         }
         kind = draw.pick(list(kinds))
         return draw.line("inventory_" + kind).format(t=things[i]), *kinds[kind]
@@ -1158,6 +1165,9 @@ def voices(draw, n, each):
     story = Story(draw, ["person"] * n, each, past=False)
     if len(story.subjects) < n:
         raise Spent
+    for s in story.subjects:  # the others would need "me" for the subject
+        s.facts = [f for f in s.facts if f.clause.startswith("{S")]
+    story.facts = [f for s in story.subjects for f in s.facts]
     for fact in story.facts:
         fact.said = spoken(fact)
     return story
