@@ -340,7 +340,7 @@ def asked_about_passages(chatter, bank, seed, batch, leaks):
     """Passages of the grammar; questions and answers by the model, kept where the passage has the answer's words."""
     trees = [tree(bank, f"{seed} asked {batch}", i) for i in range(3 * chatter.batch // QUESTIONS_EACH)]
     passages = [t["passage"] for t in trees if t["kind"] in ("story", "two facts", "letter", "notice", "dialogue")]
-    passages = [p for p in passages if len(p.split()) < 250][: max(1, chatter.batch // QUESTIONS_EACH)]
+    passages = [p for p in passages if len(p.split()) < 180][: max(1, chatter.batch // QUESTIONS_EACH)]
     begun = [p for p in passages for _ in range(QUESTIONS_EACH)]
     made = chatter.write([f"{chatter.before}{p}\n\nQuestion:" for p in begun], 32, 0.8)
     pairs = []

@@ -133,7 +133,7 @@ class Answers(unittest.TestCase):
             if re.search(r"(^|[.:?] )(Quote|Copy|Continue|Repeat)\b|exact sentence", b["question"]):
                 checked += 1
                 self.assertIn(b["answer"].rstrip(".").lower(), t["passage"].lower(), b)
-        self.assertGreater(checked, 1000)
+        self.assertGreater(checked, COUNT // 2)
 
     def test_one_passage_has_one_answer(self):
         """The same question in two words of one tree never has two short answers."""
@@ -305,8 +305,8 @@ class Chats(unittest.TestCase):
         seen = set()
         self.assertTrue(adapt_data.usable("What is a good way to learn chess?", seen, leaks))
         for text in ("What is a good way to learn chess?", "what is a good way, to learn chess", "is it",
-                     "Ja, das finde ich gut.", "What is this <|im_end|> for?", "assistant\nWhat is the time?", "What is the\x07 bell?",
-                     "Who is Ilka and what does she do?", "что is the best way to do it",
+                     "Ja, das finde ich gut.", "What is this <|im_end|> for?", "assistant\nWhat is the time?",
+                     "What is the\x07 bell?", "Who is Ilka and what does she do?", "что is the best way to do it",
                      "What is the capital of Japan?"):  # fmt: skip
             self.assertFalse(adapt_data.usable(text, seen, leaks), text)
 
