@@ -304,7 +304,7 @@ def chats(chatter, out, count, seed, resume, leaks):
         torch.manual_seed(seed * 1_000_003 + batch)
         new = (
             asked_about_passages(chatter, bank, seed, batch, leaks)
-            if batch % 5 == 4
+            if batch % PASSAGES_EVERY == PASSAGES_EVERY - 1
             else free_chats(chatter, batch, seen, leaks)
         )
         new = [json.dumps(tree, ensure_ascii=False) for tree in new][: count - len(lines)]
@@ -333,6 +333,7 @@ def free_chats(chatter, batch, seen, leaks):
     return out
 
 
+PASSAGES_EVERY = 10  # one batch in ten asks about passages; few of its answers are kept
 QUESTIONS_EACH = 4  # that the model is asked to write about a passage
 
 

@@ -1166,7 +1166,7 @@ def voices(draw, n, each):
     if len(story.subjects) < n:
         raise Spent
     for s in story.subjects:  # the others would need "me" for the subject
-        s.facts = [f for f in s.facts if f.clause.startswith("{S")]
+        s.facts = [f for f in s.facts if re.match(r"\{S('s)?\} (?!and\b)", f.clause)]
     story.facts = [f for s in story.subjects for f in s.facts]
     for fact in story.facts:
         fact.said = spoken(fact)
@@ -1184,7 +1184,7 @@ def letter(draw):
     day = date(draw)
     body = [spoken(f) for f in s.facts]
     for _ in range(draw.between(0, 4)):
-        body.insert(draw.between(0, len(body)), draw.choose(draw.pick(SMALL_TALK))[0])
+        body.insert(draw.between(0, len(body)), draw.choose(draw.fresh(SMALL_TALK))[0])
     if draw.chance(0.35):
         head = f"From: {s.full}\nTo: {to}\nDate: {day}\nSubject: {draw.pick(SUBJECT_LINES)}"
         text = f"{head}\n\n{' '.join(body)}"
