@@ -1,7 +1,7 @@
 """Training data of study/adapt.py: trees as JSON lines, tokenized, packed into arrays, cut into padded batches.
 
 A tree is {"kind", "template", "system": text or null, "passage", "branches": [{"question", "answer"}, ...]}: several
-questions on one passage. The user's turn of a branch is passage + "\\n\\n" + question, or the question alone. What the
+questions on one passage. A branch with "cut": true has only the beginning of an answer. The user's turn of a branch is passage + "\\n\\n" + question, or the question alone. What the
 branches' tokens have in common at their beginning, the trunk, stands in the row once. Tokens are those of each branch's
 whole text, so a branch is what the engine would read.
 """
@@ -36,17 +36,17 @@ class Tree(NamedTuple):
 
 
 def make_tree(branches, header, end, longest):
-    """The Tree of branches (prompt ids, answer ids), None if not even one fits in `longest` tokens. A prompt ends with
-    the assistant's `header` ids; `end` is the stop token."""
-    for prompt, _ in branches:
+    """The Tree of branches (prompt ids, answer ids, true if the answer is cut), None if not even one fits in `longest`
+    tokens. A prompt ends with the assistant's `header` ids; `end`, the stop token, follows an answer that is not cut."""
+    for prompt, *_ in branches:
         if prompt[-len(header) :] != header:
             raise ValueError("a prompt does not end with the assistant's header")
-    trunk = branches[0][0][: min(len(p) for p, _ in branches) - len(header)]
-    for prompt, _ in branches[1:]:
+    trunk = branches[0][0][: min(len(p) for p, *_ in branches) - len(header)]
+    for prompt, *_ in branches[1:]:
         differ = (i for i, (a, b) in enumerate(zip(trunk, prompt, strict=False)) if a != b)
         trunk = trunk[: next(differ, len(trunk))]
     tree = Tree(list(trunk), list(range(len(trunk))), [0] * len(trunk), [0], [NONE], [-1])
-    for number, (prompt, answer) in enumerate(branches):
+    for number, (prompt, answer, *cut) in enumerate(branches):
         own = prompt[len(trunk) :] + answer
         at = len(tree.token)
         if at + len(own) > longest:
@@ -56,7 +56,7 @@ def make_tree(branches, header, end, longest):
         tree.segment.extend([number + 1] * len(own))
         first = at + len(prompt) - len(trunk) - len(header)
         tree.column.extend(range(first, at + len(own)))
-        tree.target.extend([NONE] * (len(header) - 1) + answer + [end])
+        tree.target.extend([NONE] * (len(header) - 1) + answer + [NONE if any(cut) else end])
         tree.branch.extend([number] * (len(header) + len(answer)))
     return tree if len(tree.column) > 1 else None
 
@@ -77,7 +77,7 @@ def tokenize_line(line, tokenizer, longest):
 
     with_header = write("?", True)
     header = ids(with_header[len(write("?", False)) :])
-    branches = [(ids(write(b["question"], True)), ids(b["answer"])) for b in each["branches"]]
+    branches = [(ids(write(b["question"], True)), ids(b["answer"]), b.get("cut", False)) for b in each["branches"]]
     template = int(hashlib.sha256(str(each.get("template")).encode()).hexdigest()[:8], 16)
     return make_tree(branches, header, tokenizer.eos_token_id, longest), each["kind"] == CHAT, template
 
