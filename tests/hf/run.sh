@@ -20,8 +20,8 @@ if [ ! -e "$venv/done" ]; then
   touch "$venv/done"
 fi
 [ $# -lt 2 ] || exec "$venv/bin/python" "${@:2}"
-for test in tests/test_export.py tests/hf/test_tokenizer.py tests/hf/test_logits.py tests/hf/test_perplexity.py \
-  tests/hf/test_importance.py tests/hf/test_trace.py; do
+for test in tests/test_export.py tests/test_adapt_data.py tests/hf/test_tokenizer.py tests/hf/test_logits.py \
+  tests/hf/test_perplexity.py tests/hf/test_importance.py tests/hf/test_trace.py; do
   echo "== $test"
   "$venv/bin/python" "$test"
 done

@@ -421,7 +421,7 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
         labels [B, T]: as in transformers, the loss is the mean over those that are not -100, each predicted by the row
         before it. ValueError if that is a prompt row: only decode-phase rows predict.
         """
-        return_dict = kwargs.pop("return_dict", True)
+        return_dict = kwargs.pop("return_dict", None)  # PEFT passes None
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                          decode_start, decode_rows, segment_ids, segment_sees, packed=True, **kwargs)  # fmt: skip
         hidden, row_of = out.last_hidden_state, out.row_of_column
@@ -443,7 +443,7 @@ class SpeedLlamaForCausalLM(SpeedLlamaPreTrainedModel, LlamaForCausalLM):
         result = PolicyCausalLMOutput(
             loss=loss, logits=logits, past_key_values=out.past_key_values, decode_columns=out.decode_columns
         )
-        return result if return_dict else result.to_tuple()
+        return result.to_tuple() if return_dict is False else result
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
