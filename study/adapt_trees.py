@@ -1,9 +1,9 @@
 """Training data of study/adapt.py: trees as JSON lines, tokenized, packed into arrays, cut into padded batches.
 
 A tree is {"kind", "template", "system": text or null, "passage", "branches": [{"question", "answer"}, ...]}: several
-questions on one passage. A branch with "cut": true has only the beginning of an answer. The user's turn of a branch is passage + "\\n\\n" + question, or the question alone. What the
-branches' tokens have in common at their beginning, the trunk, stands in the row once. Tokens are those of each branch's
-whole text, so a branch is what the engine would read.
+questions on one passage. A branch with "cut": true has only the beginning of an answer. The user's turn of a branch is
+passage + "\\n\\n" + question, or the question alone. What the branches' tokens have in common at their beginning, the
+trunk, stands in the row once. Tokens are those of each branch's whole text, so a branch is what the engine would read.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Tree(NamedTuple):
 
 def make_tree(branches, header, end, longest):
     """The Tree of branches (prompt ids, answer ids, true if the answer is cut), None if not even one fits in `longest`
-    tokens. A prompt ends with the assistant's `header` ids; `end`, the stop token, follows an answer that is not cut."""
+    tokens. A prompt ends with the assistant's `header` ids; `end`, the stop token, follows an answer that is whole."""
     for prompt, *_ in branches:
         if prompt[-len(header) :] != header:
             raise ValueError("a prompt does not end with the assistant's header")
