@@ -9,11 +9,12 @@
 # make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
 # make gpu-check    what only a GPU can show: kernels, laws, Hugging Face, memory checks; under eight minutes
 # make gpu-kit      packs programs and checks for a first run on a GPU machine that has no compiler
-# make gpu-bench    times Llama-3.1-8B shapes on a GPU; results and run records go to docs/gpu
+# make gpu-bench    times Llama-3.1-8B shapes on a GPU; the records go to docs/gpu, study/gpu.py draws them
 # make fuzz         hostile model files, texts and templates, made up by libFuzzer (ten minutes)
 # make sanitize     the tests again under AddressSanitizer and UBSan
 # make sanitize-threads   the operations and a whole model under ThreadSanitizer
 # make format       formats C++ and Python (clang-format 14, ruff); make check-format only says what it would change
+# make install      the program, the small model and bash completion into PREFIX (/usr/local); make uninstall
 # make clean        removes what was built
 # make help         prints this
 
@@ -209,15 +210,33 @@ $(KIT)/tests: $(KIT)/test_gpu.o $(KIT)/main.o
 $(KIT)/speed $(KIT)/times $(KIT)/tests:
 	$(KIT_LINK) $^ -o $@ $(LIBRARIES) -lcublas
 
-# Random weights, made on the device. At 128K tokens fewer repetitions: a prompt takes seconds there.
+# Random weights, made on the device. The records that study/gpu.py draws.
+GPU_BENCH = ./speed bench --device cuda --shape llama-3.1-8b --policy full,speed -o md
+ifeq ($(CARD),)
+gpu-bench:
+	@echo "gpu-bench: nvidia-smi finds no GPU here; make gpu-kit packs the timings for a machine that has one" >&2; exit 1
+else
 gpu-bench: speed
 	@mkdir -p docs/gpu
-	./speed bench --device cuda --shape llama-3.1-8b -p 2048,8192,32768 -n 64 --depth 0,2048,8192,32768 \
-	  --policy full,speed,pop --k 24,16 -o md --record docs/gpu/llama-3.1-8b.json > docs/gpu/llama-3.1-8b.md
-	./speed bench --device cuda --shape llama-3.1-8b -p 131072 -n 32 --depth 131000 --policy full,speed --k 24,16 \
-	  -r 2 -o md --record docs/gpu/llama-3.1-8b-128k.json > docs/gpu/llama-3.1-8b-128k.md
+	$(GPU_BENCH) -p 2048,8192 -n 32 --depth 0,2048,8192 --k 24,16 -r 3 --record docs/gpu/bench.json
+	$(GPU_BENCH) -p 32768 -n 32 --depth 32768 --k 24,16 -r 2 --record docs/gpu/bench32.json
+	$(GPU_BENCH) -p 131000 -n 0 --k 24 -r 1 --record docs/gpu/bench128.json
+	$(GPU_BENCH) -p '' -n 32 --depth 131000 --k 24 -r 1 --record docs/gpu/tokens128.json
+endif
 
 # ---- the rest ----
+
+# The program, the bundled model beside it, and completion for bash.
+PREFIX ?= /usr/local
+install: speed
+	install -D -m 755 speed $(DESTDIR)$(PREFIX)/lib/speed/speed
+	install -D -m 644 models/small.safetensors $(DESTDIR)$(PREFIX)/lib/speed/models/small.safetensors
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	ln -sf ../lib/speed/speed $(DESTDIR)$(PREFIX)/bin/speed
+	./speed completion >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/speed
+uninstall:
+	rm -rf $(DESTDIR)$(PREFIX)/lib/speed $(DESTDIR)$(PREFIX)/bin/speed
+	rm -f $(DESTDIR)$(PREFIX)/share/bash-completion/completions/speed
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -240,4 +259,4 @@ FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
 .PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package test-page pages sanitize sanitize-threads bench fuzz \
-  format check-format help clean FORCE
+  format check-format help install uninstall clean FORCE

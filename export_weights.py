@@ -20,6 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once: there is nothing to clean up yet
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -146,8 +147,9 @@ class Entry(NamedTuple):
 
 def write_file(out, metadata, entries):
     """Writes a .safetensors file and returns its size in bytes. The file gets its name only when it is complete and on
-    the disk, and reads back as it was written."""
-    header, position = {"__metadata__": metadata}, 0
+    the disk, and reads back as it was written. Its metadata also get the SHA-256 of all tensors' data."""
+    digest, place = hashlib.sha256(), b"0" * 64
+    header, position = {"__metadata__": {**metadata, "sha256": place.decode()}}, 0
     for name, dtype, shape, _ in entries:
         end = position + math.prod(shape) * WIDTH[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
@@ -164,8 +166,11 @@ def write_file(out, metadata, entries):
                 for chunk in chunks:
                     data = memoryview(np.ascontiguousarray(chunk)).cast("B") if chunk.size else b""
                     checks[name] = zlib.crc32(data, checks[name])
+                    digest.update(data)
                     file.write(data)
                 show_progress(file.tell(), 8 + len(text) + position)
+            file.seek(8 + text.index(b'"sha256":"' + place) + len(b'"sha256":"'))
+            file.write(digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         back = Safetensors(part)

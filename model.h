@@ -124,6 +124,7 @@ struct Config {
   int swiftkv_group = 1;
   bool original_projections = true;  // false: above swiftkv_k the file has SwiftKV projections only
   std::vector<Adaptation> adapted;
+  std::optional<Adaptation> tuned;  // what `tune --write` chose
   bool tokenizer_only = false;
 };
 
@@ -204,6 +205,8 @@ class Model {
       fail("format \"" + container_->metadata("format") + "\", expected \"speed 1\"");
     read_config(parse_json(container_->metadata("config"), path + ": config", hint_));
     if (container_->has_metadata("sha256")) sha256 = container_->metadata("sha256");
+    if (container_->has_metadata("tuned"))
+      read_tuned(parse_json(container_->metadata("tuned"), path + ": tuned", hint_));
     const uint64_t V = config.shape.vocab;
     read_tokenizer(V);
     if (!config.tokenizer_only) read_weights();
@@ -242,6 +245,23 @@ class Model {
   }
 
   bool has_file() const { return file_ != nullptr; }
+
+  // Writes the file anew with this entry in its metadata, all else the same. This model goes on with the old file.
+  void write_metadata(const std::string& key, const std::string& value) const {
+    const uint8_t* p = file_->data();
+    uint64_t length = 0;
+    for (int i = 7; i >= 0; --i) length = length << 8 | p[i];
+    json header = parse_json({reinterpret_cast<const char*>(p) + 8, length}, path_, hint_);
+    header["__metadata__"][key] = value;
+    std::string text = header.dump();
+    text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');  // tensors stay aligned
+    OutputFile out(path_);
+    const uint64_t bytes = text.size();
+    out.write(&bytes, 8);
+    out.write(text);
+    out.write(p + 8 + length, file_->size() - 8 - length);
+    out.finish();
+  }
   // Unique in this process, unlike an address, which a later model may reuse.
   uint64_t id() const { return id_; }
   const std::string& path() const { return path_; }
@@ -277,6 +297,15 @@ class Model {
   bool flag(const json& j, const std::string& key) const {
     if (!j.contains(key) || !j[key].is_boolean()) fail("config " + key + " is missing or not true or false");
     return j[key];
+  }
+
+  void read_tuned(const json& j) {
+    if (!j.is_object() || !j.contains("policy") || !j["policy"].is_string() || !j.contains("bos") ||
+        !j["bos"].is_boolean())
+      fail("tuned: " + j.dump());
+    const auto method = find_policy(j["policy"].get<std::string>());
+    if (!method || !info(*method).takes_k) fail("tuned: a policy without K, " + j["policy"].dump());
+    config.tuned = {*method, int(whole(j, "k", 1, config.shape.n_layers)), j["bos"].get<bool>()};
   }
 
   void read_config(const json& j) {

@@ -101,7 +101,12 @@ if [ "${1:-}" = check-format ]; then
   exec make --no-print-directory check-format CLANG_FORMAT=clang-format-14 RUFF="$ruff/bin/ruff"
 fi
 
+if [ "${1:-}" = --help ] && [ ! -x speed ]; then
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
 build_tools
+[ -x speed ] || say "building: a minute or two, the first time"
 make --no-print-directory -s -j"$(nproc)" speed || fail "the build failed: see the compiler's message above"
 
 if [ "${1:-}" = hf ]; then
@@ -125,6 +130,7 @@ else
 fi
 
 [ -e "$small" ] || fail "and there is none in $small: the demonstration needs one of the two"
+export SPEED_MODEL=$small
 story="Listen to this. Feta has a clock. Pale lives in the chapel. Kara is a driver. Feta is a barber. Pale has a lamp. Kara has a \
 book. Pale is a wizard. Kara lives in the palace. The code word is resane. Feta lives in the forest. What is Feta?"
 say "asking the small model (8 layers, trained for any K): $story"

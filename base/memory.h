@@ -41,7 +41,8 @@ inline uint64_t control_groups_leave(std::istream& membership, const std::string
   for (std::string line; std::getline(membership, line);) {
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
-    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    std::string controllers = ",";
+    controllers.append(line, first + 1, second - first - 1).append(",");
     const bool one = controllers.find(",memory,") != std::string::npos;
     if (!one && controllers != ",,") continue;
     // A container sees its own group as the root, whatever the line says; so every outer folder is tried, the root last.

@@ -19,6 +19,7 @@ int run_bench(const Options&, json& record);
 int run_plan(const Options&, json& record);
 int run_tokenize(const Options&, json& record);
 int run_info(const Options&, json& record);
+int run_tune(const Options&, json& record);
 
 struct Mode {
   const char* name;
@@ -36,6 +37,7 @@ inline constexpr Mode modes[] = {
     {"plan", "predict FLOPs and bytes by formula, with no weights at hand", run_plan},
     {"tokenize", "text to token ids, or back with --decode", run_tokenize},
     {"info", "show what is in a model file", run_info},
+    {"tune", "find the smallest K that keeps a bound on a text of yours", run_tune},
 };
 
 }  // namespace speed

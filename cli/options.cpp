@@ -77,14 +77,16 @@ constexpr unsigned mode_bit(std::string_view name) {
 }
 constexpr unsigned GENERATE = mode_bit("generate"), CHAT = mode_bit("chat"), LOGITS = mode_bit("logits"),
                    PERPLEXITY = mode_bit("perplexity"), TRACE = mode_bit("trace"), BENCH = mode_bit("bench"),
-                   PLAN = mode_bit("plan"), TOKENIZE = mode_bit("tokenize"), INFO = mode_bit("info");
-constexpr unsigned WRITE = GENERATE | CHAT, RUN = WRITE | LOGITS | PERPLEXITY | TRACE | BENCH,
-                   ONE_POLICY = RUN & ~BENCH, POLICY_LIST = BENCH | PLAN, ALL = RUN | PLAN | TOKENIZE | INFO;
+                   PLAN = mode_bit("plan"), TOKENIZE = mode_bit("tokenize"), INFO = mode_bit("info"),
+                   TUNE = mode_bit("tune");
+constexpr unsigned WRITE = GENERATE | CHAT, RUN = WRITE | LOGITS | PERPLEXITY | TRACE | BENCH | TUNE,
+                   ONE_POLICY = RUN & ~(BENCH | TUNE), POLICY_LIST = BENCH | PLAN, ALL = RUN | PLAN | TOKENIZE | INFO;
 
 // The member that gets the value. A bool is a flag without a value, an optional<bool> a pair --x, --no-x.
-using Target = std::variant<bool Options::*, std::optional<bool> Options::*, int Options::*, float Options::*,
-                            uint64_t Options::*, std::optional<int> Options::*, std::string Options::*,
-                            std::optional<std::string> Options::*, std::vector<std::string> Options::*>;
+using Target =
+    std::variant<bool Options::*, std::optional<bool> Options::*, int Options::*, float Options::*, uint64_t Options::*,
+                 std::optional<int> Options::*, std::string Options::*, std::optional<std::string> Options::*,
+                 std::vector<std::string> Options::*, std::optional<double> Options::*>;
 struct Flag {
   const char* group;  // heading in the help
   unsigned modes;
@@ -102,16 +104,16 @@ std::vector<Flag> flags() {
       {"Input", PLAN, "-m,--model", &O::model, "FILE", "model whose shape to take, instead of --shape", not_empty()},
       {"Input", RUN | TOKENIZE | INFO, "-m,--model", &O::model, "FILE",
        "model (default: $SPEED_MODEL, or the bundled one)", not_empty()},
-      {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE, "-p,--prompt", &O::prompt, "TEXT",
+      {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE | TUNE, "-p,--prompt", &O::prompt, "TEXT",
        "text; what is piped in is added after it"},
-      {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE, "-f,--file", &O::file, "FILE",
+      {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE | TUNE, "-f,--file", &O::file, "FILE",
        "text from a file; - is standard input", not_empty()},
       {"Input", LOGITS | PERPLEXITY, "--tokens", &O::tokens, "IDS", "token ids, as 1,2,3; nothing is added"},
       {"Input", LOGITS | PERPLEXITY, "--tokens-file", &O::tokens_file, "FILE", "token ids from a file, or -",
        not_empty()},
-      {"Input", PERPLEXITY, "--prompt-tokens", &O::prompt_tokens, "N",
+      {"Input", PERPLEXITY | TUNE, "--prompt-tokens", &O::prompt_tokens, "N",
        "the text is cut into pieces of N prompt tokens, BoS\nincluded (256),", whole_number(2, many)},
-      {"Input", PERPLEXITY, "--answer-tokens", &O::answer_tokens, "M",
+      {"Input", PERPLEXITY | TUNE, "--answer-tokens", &O::answer_tokens, "M",
        "and M that are scored (256); of ids: the last M", whole_number(1, many)},
       {"Input", LOGITS, "--out", &O::out, "FILE", "NumPy file to write: float32 [N - split, vocab]", not_empty()},
       {"Input", TOKENIZE | GENERATE | TRACE, "--special", &O::special, "",
@@ -141,14 +143,20 @@ std::vector<Flag> flags() {
 
       {"Policy", POLICY_LIST, "--policy", &O::policy, "LIST", "policies, as full,speed:24,speed:24:no-bos,share:2",
        not_empty()},
+      {"Policy", TUNE, "--policy", &O::policy, "LIST", "speed, pop, or both as speed,pop (speed)", not_empty()},
+      {"Policy", TUNE, "--max-kl", &O::max_kl, "X", "KL from full depth at most, nats a token (0.05)",
+       real_number(0, 100)},
+      {"Policy", TUNE, "--min-same", &O::min_same, "PERCENT", "same top-1 as full depth at least", real_number(0, 100)},
       {"Policy", POLICY_LIST, "--k", &O::ks, "LIST", "K of those that name none, as 24,16", not_empty()},
       {"Policy", ONE_POLICY, "--policy", &O::policy, "NAME", listed(policy_names(), "or"), one_of(policy_names())},
       {"Policy", ONE_POLICY, "--k", &O::k, "K",
-       "prompt tokens visit layers 0..K-1 only (what the\nweights were trained for; else 4/5 of all, pop 2/3)",
+       "prompt tokens visit layers 0..K-1 only (what the\nweights were trained for; else 4/5 of all, pop 2/3);\nauto: "
+       "what `tune --write` chose",
        whole_number(1, 4096)},
       {"Policy", RUN | PLAN, "--bos,!--no-bos", &O::bos, "", "speed: upper layers see the BoS anchor (on)"},
       {"Policy", ONE_POLICY | PLAN, "--keep", &O::keep, "LIST", "share: layers that keep a cache, as 0,4,8"},
-      {"Policy", RUN | PLAN, "--every", &O::every, "G", "share: every G-th layer keeps a cache", whole_number(1, 4096)},
+      {"Policy", (RUN | PLAN) & ~TUNE, "--every", &O::every, "G", "share: every G-th layer keeps a cache",
+       whole_number(1, 4096)},
       {"Policy", GENERATE | LOGITS | PERPLEXITY | TRACE, "--split", &O::split, "N",
        "the first N tokens are prompt, the rest decode-phase", whole_number(0, many)},
       {"Policy", TRACE, "--compare", &O::compare, "[POLICY]",
@@ -184,7 +192,9 @@ std::vector<Flag> flags() {
       {"Running", TRACE, "--dump", &O::dump, "FILE", "write the hidden states, .safetensors", not_empty()},
       {"Running", TRACE, "-o,--output", &O::format, "NAME", "text; md or csv: the table; json: the page's data",
        one_of({"text", "md", "csv", "json"})},
-      {"Running", PLAN | INFO | PERPLEXITY | BENCH | TOKENIZE, "-o,--output", &O::format, "NAME",
+      {"Running", TUNE, "--svg", &O::svg, "FILE", "write a picture: KL by K", not_empty()},
+      {"Running", TUNE, "--write", &O::write, "", "put the K found into the model file, for --k auto"},
+      {"Running", PLAN | INFO | PERPLEXITY | BENCH | TOKENIZE | TUNE, "-o,--output", &O::format, "NAME",
        "tables as text, md, csv or json", one_of({"text", "md", "csv", "json"})},
       {"Running", GENERATE, "-o,--output", &O::format, "NAME", "text or json; with --compare the table also as md, csv",
        one_of({"text", "md", "csv", "json"})},
@@ -273,6 +283,43 @@ struct Formatter : CLI::Formatter {
   }
 };
 
+// A completion script for bash, from the table of flags: modes first, then the flags of the mode, file names for the rest.
+std::string completion() {
+  std::ostringstream names, cases, all;
+  for (size_t m = 0; m < std::size(modes); ++m) {
+    names << (m ? " " : "") << modes[m].name;
+    cases << "    " << modes[m].name << ") flags=\"--help";
+    for (const Flag& f : flags()) {
+      std::istringstream in(f.modes >> m & 1 ? f.names : "");
+      for (std::string one; std::getline(in, one, ',');) cases << " " << one.substr(one[0] == '!');
+    }
+    cases << "\" ;;\n";
+  }
+  all << "# bash completion of speed; made by `speed completion`\n"
+         "_speed() {\n"
+         "  local word=${COMP_WORDS[COMP_CWORD]} mode=${COMP_WORDS[1]} flags\n"
+         "  if [ \"$COMP_CWORD\" = 1 ] && [[ $word != -* ]]; then\n"
+         "    COMPREPLY=($(compgen -W \""
+      << names.str()
+      << "\" -- \"$word\"))\n"
+         "    return\n"
+         "  fi\n"
+         "  [[ $mode == -* ]] && mode="
+      << modes[0].name
+      << "\n"
+         "  case $mode in\n"
+      << cases.str()
+      << "  esac\n"
+         "  if [[ $word == -* ]]; then\n"
+         "    COMPREPLY=($(compgen -W \"$flags\" -- \"$word\"))\n"
+         "  else\n"
+         "    COMPREPLY=($(compgen -f -- \"$word\"))\n"
+         "  fi\n"
+         "}\n"
+         "complete -o filenames -F _speed speed\n";
+  return all.str();
+}
+
 std::string overview() {
   std::string s =
       "speed - run a Llama model with less work on its prompt\n\n"
@@ -319,6 +366,9 @@ std::optional<Options> read_options(int argc, char** argv) {
   } else if (args[0] == "--version") {
     std::cout << version << "\n";
     return std::nullopt;
+  } else if (args[0] == "completion") {
+    std::cout << completion();
+    return std::nullopt;
   } else if (args[0][0] != '-') {
     throw Error(2, args[0], "is no mode", "did you mean " + nearest(args[0], names) + "? A text goes after -p");
   }
@@ -337,6 +387,14 @@ std::optional<Options> read_options(int argc, char** argv) {
     for (auto [other, ours] : aliases)
       if ((args[i] == other || args[i].rfind(std::string(other) + "=", 0) == 0) && app.get_option_no_throw(ours))
         args[i].replace(0, std::strlen(other), ours);
+    if (args[i] == "--k=auto" || (args[i] == "--k" && i + 1 < args.size() && args[i + 1] == "auto")) {
+      if (!app.get_option_no_throw("--k") || o.mode == "bench" || o.mode == "plan")
+        throw Error(2, "--k auto", "speed " + o.mode + " takes numbers", "leave it out");
+      o.auto_k = true;
+      args.erase(args.begin() + long(i), args.begin() + long(i) + (args[i] == "--k" ? 2 : 1));
+      --i;
+      continue;
+    }
     if (args[i] == "--compare" && i + 1 < args.size() && args[i + 1].empty())  // CLI11 takes it for no list
       throw Error(2, "--compare", "it is empty", "leave the list out, or write one as speed:24,pop:20");
   }
@@ -378,7 +436,11 @@ std::optional<Options> read_options(int argc, char** argv) {
   if (lone_dash) o.file = "-";
   if (o.has_prompt && !o.file.empty() && o.file != "-")
     throw Error(2, "-p, -f", "more than one text", "give one of them");
-  if (o.compare && !o.compare->empty())
+  if (o.auto_k)
+    for (const char* flag : {"--k", "--policy", "--bos", "--keep", "--every", "--compare"})
+      if (given(flag) && !(o.compare && o.compare->empty()))
+        throw Error(2, flag, "--k auto brings its own policy", "leave one of them out");
+  if (o.mode != "trace" && o.compare && !o.compare->empty())  // in trace they name the first policy
     for (const char* flag : {"--policy", "--k", "--bos", "--keep", "--every"})
       if (given(flag))
         throw Error(2, flag, "the list of --compare names its policies",

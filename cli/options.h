@@ -22,6 +22,7 @@ struct Options {
   // policy
   std::optional<std::string> policy;
   std::optional<int> k, split, every, group;
+  bool auto_k = false;  // --k auto: what `tune --write` put into the file
   std::optional<bool> bos;
   std::optional<std::string> keep;
   std::optional<std::string> compare;  // "" compares with the policy flags, else a list
@@ -39,9 +40,11 @@ struct Options {
   int repetitions = 5;
   // perplexity
   std::optional<int> prompt_tokens, answer_tokens;
+  // tune
+  std::optional<double> max_kl, min_same;
   // output
-  std::string format = "text", record, out, dump, html, device = "auto";
-  bool json = false, special = false, decode = false, ids = false;
+  std::string format = "text", record, out, dump, html, svg, device = "auto";
+  bool json = false, special = false, decode = false, ids = false, write = false;
 };
 
 // Reads the command line. Prints help or the version and returns nothing where that was asked for.

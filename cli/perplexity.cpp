@@ -41,8 +41,7 @@ Table quality_table(const std::vector<Policy>& policies, const std::vector<std::
   return table;
 }
 
-// Pieces from the flags: one given as ids, or a text cut up.
-std::vector<Piece> make_pieces(const Options& o, const Model& model) {
+static std::vector<Piece> read_pieces(const Options& o, const Model& model) {
   const Config& c = model.config;
   if (int(!o.tokens.empty()) + int(!o.tokens_file.empty()) + int(has_text(o)) > 1)
     throw Error(2, "text", "given in more than one way", "use one of -p, -f, --tokens, --tokens-file");
@@ -80,27 +79,34 @@ std::vector<Piece> make_pieces(const Options& o, const Model& model) {
   return {p};
 }
 
+std::vector<Piece> make_pieces(const Options& o, const Model& model) {
+  const Config& c = model.config;
+  std::vector<Piece> pieces = read_pieces(o, model);
+  for (const Piece& p : pieces)
+    for (int id : p.ids)  // the last one of a piece is never fed to the engine, which checks the others
+      if (id >= c.shape.vocab)
+        throw Error(2, "token " + std::to_string(id), "outside a vocabulary of " + std::to_string(c.shape.vocab),
+                    "use ids of this model");
+  const size_t longest = pieces[0].ids.size();
+  if (longest - 1 > size_t(c.context))
+    note("pieces of " + std::to_string(longest - 1) + " tokens are longer than the " + std::to_string(c.context) +
+         " the model was made for");
+  const uint64_t need = 2 * pieces[0].answer * uint64_t(c.shape.vocab) * sizeof(float);
+  if (need > available_memory())
+    throw Error(2, "memory",
+                "the logits of a piece take " + std::to_string(need >> 20) + " MiB, " +
+                    std::to_string(available_memory() >> 20) + " MiB are available",
+                "use a smaller --answer-tokens");
+  return pieces;
+}
+
 template <class B>
 int perplexity(const Options& o, json& record, const Model& model, B& backend) {
   const Config& c = model.config;
   std::vector<Policy> policies = compared_policies(o, model);
   if (policies.size() > 1 && policies[1].method == Method::full) policies.pop_back();
   const std::vector<Piece> pieces = make_pieces(o, model);
-  for (const Piece& p : pieces)
-    for (int id : p.ids)  // the last one of a piece is never fed to the engine, which checks the others
-      if (id >= c.shape.vocab)
-        throw Error(2, "token " + std::to_string(id), "outside a vocabulary of " + std::to_string(c.shape.vocab),
-                    "use ids of this model");
   const size_t longest = pieces[0].ids.size(), scored = pieces[0].answer;
-  if (longest - 1 > size_t(c.context))
-    note("pieces of " + std::to_string(longest - 1) + " tokens are longer than the " + std::to_string(c.context) +
-         " the model was made for");
-  const uint64_t need = 2 * scored * uint64_t(c.shape.vocab) * sizeof(float);
-  if (need > available_memory())
-    throw Error(2, "memory",
-                "the logits of a piece take " + std::to_string(need >> 20) + " MiB, " +
-                    std::to_string(available_memory() >> 20) + " MiB are available",
-                "use a smaller --answer-tokens");
   note_if_not_adapted(policies, c);
   const auto scores = score_pieces(model, policies, pieces, o, backend);
   std::vector<Work> work;

@@ -38,6 +38,9 @@ inline std::vector<Piece> cut(std::span<const int> text, int bos, size_t n, size
   return pieces;
 }
 
+// Pieces from the flags: one given as ids, or a text cut up. Throws Error 2 where they are none.
+std::vector<Piece> make_pieces(const Options& o, const Model& model);
+
 // One distribution over the next token, compared with full depth's and with the token that followed.
 struct TokenScore {
   double nll = 0;  // -ln of the token's probability

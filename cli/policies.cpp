@@ -51,6 +51,12 @@ Policy make_policy(const Options& o, const Model& model) {
   const int L = c.shape.n_layers;
   std::optional<Method> method = o.policy ? find_policy(*o.policy) : std::nullopt;
   Policy p = full_depth(L);
+  if (o.auto_k) {
+    if (!c.tuned)
+      throw Error(2, "--k auto", "no K was chosen for this file", "choose one: speed tune -m FILE -f TEXT --write");
+    p.method = c.tuned->method, p.k = c.tuned->k, p.bos = c.tuned->bos;
+    return p;
+  }
   // --policy says which one. Else --k: the one method that the weights were trained for, or speed. Else --keep or
   // --every: share. Else the one policy at one K that the weights were trained for. Else full.
   std::optional<Method> trained;

@@ -75,7 +75,7 @@ static void set_up_libraries(char** argv) {
 static int run(int argc, char** argv) {
   const std::optional<Options> o = read_options(argc, argv);
   if (!o) return 0;
-  for (const std::string& path : {o->record, o->out, o->dump, o->html})
+  for (const std::string& path : {o->record, o->out, o->dump, o->html, o->svg})
     if (!path.empty()) require_writable(path);
   json record;
   int code = 0;

@@ -809,6 +809,65 @@ TEST_CASE("text that is piped in", "[cli]") {
         speed_("trace" + on_tied + "-p a -o csv | wc -l").out);
 }
 
+TEST_CASE("tune finds the smallest K that keeps a bound, and --k auto uses it", "[cli]") {
+  Scratch scratch;
+  const std::string copy = scratch / "copy.safetensors";
+  std::filesystem::copy("models/small.safetensors", copy);
+  std::ofstream text(scratch / "text");
+  const std::array<const char*, 5> facts = {"Feta has a clock.", "Pale lives in the chapel.", "Kara is a driver.",
+                                            "Nomi has a ring.", "Feta is a barber."};
+  for (int i = 0; i < 60; ++i) text << facts[size_t(i * i + i / 3) % 5] << (i % 7 ? " " : "\n");
+  text.close();
+  const std::string on = " -m " + copy + " -f " + (scratch / "text") + " --prompt-tokens 60 --answer-tokens 30 ";
+  const json rows = json::parse(speed_("tune" + on + "-o json").out)["rows"];
+  REQUIRE(rows.size() >= 2);
+  // From L-1 down, each as perplexity has it, until one does not keep the bound.
+  for (size_t i = 0; i < rows.size(); ++i) {
+    CHECK(rows[i]["k"] == 7 - int(i));
+    CHECK(rows[i]["keeps"] == (i + 1 < rows.size() || rows[i]["k"] == 1));
+    CHECK(rows[i]["kl_low"] <= rows[i]["kl"]);
+    CHECK(rows[i]["kl"] <= rows[i]["kl_high"]);
+    if (rows[i]["keeps"] == false) continue;
+    const json p =
+        json::parse(speed_("perplexity" + on + "--compare speed:" + rows[i]["k"].dump() + " -o json").out)["rows"][1];
+    CHECK(std::abs(p["kl_mean"].get<double>() - rows[i]["kl"].get<double>()) < 1e-12);  // sums in another order
+    CHECK(std::abs(p["same_top1"].get<double>() - rows[i]["same_top1"].get<double>()) < 1e-12);
+  }
+  // A bound between two of them parts them; so does one on the share of equal tokens.
+  const double between = (rows[0]["kl"].get<double>() + rows[1]["kl"].get<double>()) / 2;
+  const Ran one =
+      speed_("tune" + on + "--max-kl " + std::to_string(between) + " --write --svg " + (scratch / "plot.svg"));
+  CHECK(one.out.find("Use: --policy speed --k 7\n") != std::string::npos);
+  CHECK(read_file(scratch / "plot.svg").rfind("<svg", 0) == 0);
+  CHECK(speed_("tune" + on + "--min-same 100 --max-kl 100").out.find("speed K=") != std::string::npos);
+  CHECK(speed_("tune" + on + "--max-kl 0").out.find("No K below 8 keeps it") != std::string::npos);
+  CHECK(speed_("-m " + copy + " -p hi -n 4 --k auto").out == speed_("-m " + copy + " -p hi -n 4 --k 7").out);
+  CHECK(speed_("-m " + copy + " -p hi -n 4 --k auto").err.find("speed K=7") != std::string::npos);
+  const json both = json::parse(speed_("tune" + on + "--policy speed,pop --no-bos -o json").out)["rows"];
+  CHECK(both[0]["bos"] == false);
+  CHECK(both[both.size() - 1]["policy"] == "pop");
+  const Ran none = speed_("tune" + on + "--max-kl 0 --write");
+  CHECK(none.code == 1);
+  CHECK(none.err.find("no K keeps") != std::string::npos);
+  refused("tune" + on + "--policy full", 2, "no K to choose");
+  refused("-m models/small.safetensors -p hi --k auto", 2, "no K was chosen");
+  refused("-m " + copy + " -p hi --k auto --no-bos", 2, "brings its own policy");
+  refused("bench" + on_tied + "--k auto", 2, "takes numbers");
+}
+
+TEST_CASE("completion knows the modes and their flags", "[cli]") {
+  auto complete = [](const std::string& words, int at) {
+    return shell("bash -c 'eval \"$(SPEED completion)\"; COMP_WORDS=(speed " + words +
+                 "); COMP_CWORD=" + std::to_string(at) + "; _speed; echo ${COMPREPLY[*]}'")
+        .out;
+  };
+  CHECK(complete("tr", 1) == "trace\n");
+  CHECK(complete("plan --ba", 2) == "--batch\n");
+  CHECK(complete("-p x --no-b", 3) == "--no-bos\n");
+  CHECK(complete("info --ba", 2) == "\n");
+  CHECK(complete("info -m models/sm", 3) == "models/small.safetensors\n");
+}
+
 TEST_CASE("why an answer ended", "[cli]") {
   const std::string small = "-m models/small.safetensors -p 'The code word is' ";
   auto ended = [](const std::string& args) {

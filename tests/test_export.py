@@ -6,6 +6,7 @@ Needs numpy and jinja2. The GGUF tests need gguf, and are skipped without it.
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -161,7 +162,8 @@ class RoundTrip(Case):
         raw = self.out.read_bytes()
         start = 8 + int.from_bytes(raw[:8], "little")
         self.assertEqual(start % 64, 0)
-        self.assertEqual(set(file.metadata), {"format", "config", "tokenizer", "chat"})
+        self.assertEqual(set(file.metadata), {"format", "config", "tokenizer", "chat", "sha256"})
+        self.assertEqual(file.metadata["sha256"], hashlib.sha256(raw[start:]).hexdigest())
         self.assertEqual(file.metadata["format"], "speed 1")
         dtypes = [t.dtype for t in sorted(file.tensors.values(), key=lambda t: t.begin)]
         self.assertEqual(dtypes, sorted(dtypes, key=["U32", "F32", "BF16", "U8"].index))
