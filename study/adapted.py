@@ -36,9 +36,10 @@ import quality
 from common import Policy, Speed
 
 STUDY = Path(__file__).parent
-HIGH, LOW = (24, 22, 20), (18, 15)  # of 30 layers. High ones are measured first: above them nothing is lost.
+HIGH, LOW = (24, 22, 20), (19, 18, 15)  # K, of 30 layers. The high ones are measured first.
+LAYERS = 30
 CHATS = 40
-TRACED = 16  # the shortest look-ups: a page of `speed trace` holds at most 1,000 tokens
+TRACED = 8  # the shortest look-ups: a page of `speed trace` holds at most 1,000 tokens
 FILES = "adapt_eval", "questions"
 STYLES = {  # stock, control, adapted
     "stock": common.Style("#808080", "s", "--"),
@@ -110,31 +111,39 @@ def look_up(speed, q, specs):
     return dict(texts=texts, exact=exact, flops=flops, **machine(record))
 
 
+def slots_of(tokens, match):
+    """Which of these tokens hold a part of the match in their joined text."""
+    out, at = [], 0
+    for slot, token in enumerate(tokens):
+        if at < match.end() and at + len(token) > match.start():
+            out.append(slot)
+        at += len(token)
+    return out
+
+
 def looks(speed, q):
-    """Where the answer finds the right words: for each layer, the largest weight that any head gives, in any row of the
-    full-depth answer, to a token of the right words in the passage. And whether that answer is right."""
+    """Where a full-depth answer finds the right word. weights: for each layer, the largest weight that a head gives to
+    that word in the passage, in the row that predicts its first token in the answer. None if the answer is wrong."""
     flags = ["--chat", "-t", 1, "-n", q["n"], "--ks", 20, "-o", "json", "-f", "-"]
     document = json.loads(speed.run("trace", *flags, text=q["text"]))
-    run, tokens = document["full"], document["tokens"]
+    run, tokens, asked = document["full"], document["tokens"], document["request"]["tokens"]
+    said = re.search(q["answer"], run["text"])
+    if not said:
+        return dict(weights=None, program=document["program"])
+    looking = asked + slots_of(tokens[asked:], said)[0] - 1
     text = "".join(tokens)
-    where = re.search(q["answer"], text[: text.index("Question:")])
-    slots, at = [], 0
-    for slot, token in enumerate(tokens):
-        if at < where.end() and at + len(token) > where.start():
-            slots.append(slot)
-        at += len(token)
+    slots = slots_of(tokens, re.search(q["answer"], text[: text.index("Question:")]))
     data, at, weights = base64.b64decode(run["attention"]), 0, []
     for layer in range(len(run["caches"])):
-        strongest = 0
         # Every row sees itself and all before it: two bytes a slot, 255 times the root of the weight, and the head.
         for row in range(0 if layer < run["prompt_layers"] else run["split"], len(tokens)):
-            if row >= run["split"]:
-                strongest = max(strongest, *(data[at + 2 * slot] for slot in slots))
+            if row == looking:
+                strongest = max(data[at + 2 * slot] for slot in slots)
+                weights.append(round((strongest / 255) ** 2, 4))
             at += 2 * (row + 1)
-        weights.append(round((strongest / 255) ** 2, 4))
     if at != len(data) or not run["dense"]:
         common.fail("the trace's attention has another length than docs/trace.md says")
-    return dict(weights=weights, right=int(bool(re.search(q["answer"], run["text"]))), program=document["program"])
+    return dict(weights=weights, program=document["program"])
 
 
 class Model(NamedTuple):
@@ -178,15 +187,15 @@ def tasks(models, lookups, talk):
                 else:
                     yield Task(m, part, q, (), partial(looks, m.speed, q))
 
+    short = sorted(lookups, key=lambda q: len(q["text"]))[:TRACED]
     three, third = (adapted, stock, control), len(lookups) // 3
     yield from ask(three, lookups[:third], "look-ups", HIGH)
     yield from ask((adapted, control), talk, "drift", ())
     yield from ask((adapted,), talk, "chats", HIGH + LOW)
     yield from ask((adapted,), lookups[:third], "look-ups", LOW)
+    yield from ask(three, [dict(q, n=16) for q in short], "looks", ())
     yield from ask(three, lookups[third:], "look-ups", HIGH)
     yield from ask((adapted,), lookups[third:], "look-ups", LOW)
-    short = sorted(lookups, key=lambda q: len(q["text"]))[:TRACED]
-    yield from ask(three, [dict(q, n=16) for q in short], "looks", ())
     yield from ask((stock, control), talk, "chats", HIGH + LOW)
     yield from ask(seeds, lookups, "look-ups", HIGH)
     yield from ask(seeds, talk, "drift", ())
@@ -290,10 +299,10 @@ def looks_summary(models, rows):
     of_model = {m.name: {r["question"]: r for r in traced if r["model"] == m.name} for m in models}
     of_model = {name: of for name, of in of_model.items() if of}
     questions = {r["question"] for r in traced}
-    both = sorted(q for q in questions if all(q in of and of[q]["right"] for of in of_model.values()))
+    both = sorted(q for q in questions if all(q in of and of[q]["weights"] for of in of_model.values()))
     if not both:
         return {}
-    layers = range(len(traced[0]["weights"]))
+    layers = range(LAYERS)
     mean = {n: [float(np.mean([of[q]["weights"][i] for q in both])) for i in layers] for n, of in of_model.items()}
     return dict(questions=len(both), mean=mean)
 
@@ -306,7 +315,7 @@ def cell(row, key, digits):
 
 
 def k_of(row):
-    return Policy.parse(row["spec"]).number or "30 (full)"
+    return Policy.parse(row["spec"]).number or f"{LAYERS} (full)"
 
 
 def markdown(results):
@@ -398,7 +407,7 @@ def plot(results, path):
 
 
 def plot_looks(results, path):
-    """The strongest look at the right words, by layer, a line a model."""
+    """The strongest look at the right word, by layer, a line a model."""
     fig, ax = common.subplots(figsize=(7.4, 3.2))
     roles = {row["model"]: row["role"] for row in results["summary"]}
     for name, mean in results["looks"]["mean"].items():
