@@ -38,6 +38,7 @@ from common import Policy, Speed
 STUDY = Path(__file__).parent
 HIGH, LOW = (24, 22, 20), (19, 18, 15)  # K, of 30 layers. The high ones are measured first.
 LAYERS = 30
+FIRST = 40  # look-ups, in a random order, that are asked before all else
 CHATS = 40
 TRACED = 8  # the shortest look-ups: a page of `speed trace` holds at most 1,000 tokens
 FILES = "adapt_eval", "questions"
@@ -188,14 +189,15 @@ def tasks(models, lookups, talk):
                     yield Task(m, part, q, (), partial(looks, m.speed, q))
 
     short = sorted(lookups, key=lambda q: len(q["text"]))[:TRACED]
-    three, third = (adapted, stock, control), len(lookups) // 3
-    yield from ask(three, lookups[:third], "look-ups", HIGH)
-    yield from ask((adapted, control), talk, "drift", ())
+    three, first, rest = (adapted, stock, control), lookups[:FIRST], lookups[FIRST:]
+    yield from ask(three, first, "look-ups", HIGH)
+    yield from ask((adapted,), talk, "drift", ())
+    yield from ask((adapted,), first, "look-ups", LOW)
     yield from ask((adapted,), talk, "chats", HIGH + LOW)
-    yield from ask((adapted,), lookups[:third], "look-ups", LOW)
     yield from ask(three, [dict(q, n=16) for q in short], "looks", ())
-    yield from ask(three, lookups[third:], "look-ups", HIGH)
-    yield from ask((adapted,), lookups[third:], "look-ups", LOW)
+    yield from ask((control,), talk, "drift", ())
+    yield from ask(three, rest, "look-ups", HIGH)
+    yield from ask((adapted,), rest, "look-ups", LOW)
     yield from ask((stock, control), talk, "chats", HIGH + LOW)
     yield from ask(seeds, lookups, "look-ups", HIGH)
     yield from ask(seeds, talk, "drift", ())
@@ -385,21 +387,15 @@ def plot(results, path):
             alpha=1 if first else 0.5,
             ms=6 if first else 4,
             capsize=2,
+            elinewidth=1,
             label=names[role] if first else f"{names[role]}, another seed",
         )
         if role == "adapted" and first:
-            for row, value, up in zip(rows, values, high, strict=True):
+            for row in rows:
                 k = Policy.parse(row["spec"]).number
-                ax.annotate(
-                    f"K={k}" if k else "full depth",
-                    (row["work"], value + up),
-                    xytext=(0, 5),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                    color=style.color,
-                )
-    ax.set_ylim(-3, 100)
+                at = dict(xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points")
+                ax.annotate(f"K={k}" if k else "full depth", (row["work"], 1), ha="center", fontsize=9, **at)
+    ax.set_ylim(-2, 100)
     ax.set_xlabel("prompt work, % of full depth's FLOPs")
     ax.set_ylabel("look-ups found, %")
     ax.legend(loc="upper left")
