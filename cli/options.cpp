@@ -378,7 +378,8 @@ std::optional<Options> read_options(int argc, char** argv) {
   if (lone_dash) o.file = "-";
   if (o.has_prompt && !o.file.empty() && o.file != "-")
     throw Error(2, "-p, -f", "more than one text", "give one of them");
-  if (o.compare && !o.compare->empty())
+  // trace shows the policy of the flags, and beside it the one of --compare.
+  if (o.mode != "trace" && o.compare && !o.compare->empty())
     for (const char* flag : {"--policy", "--k", "--bos", "--keep", "--every"})
       if (given(flag))
         throw Error(2, flag, "the list of --compare names its policies",
