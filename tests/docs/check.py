@@ -5,7 +5,7 @@
   and runs where it needs no files but the project's; every page, file and `--flag` that a page names exists; output
   shown without its command is that of the command listed in QUOTED.
 - Tables and figures that come from a stored record are made again from the record (figures.py).
-- docs/map.md: every function, test and command it names exists (paper_map.py).
+- docs/map.md: every file, name, test and station of its tables exists (paper_map.py).
 - Then faults are planted in the pages, one at a time: each must be noticed.
 
 What does not count: times and rates (a number before ms, s or tokens/s; a table's columns "time", "first token" and
@@ -303,7 +303,7 @@ def runnable(command):
     missing = any(f in ("-m", "-f") and not (ROOT / file).exists() for f, file in itertools.pairwise(words))
     if mode not in RUN_MODES or placeholder or missing:
         return None
-    return re.sub(r"(--html|>) (?=\w)", r"\1 build/", command)
+    return re.sub(r"(--html|>) (?!build/)(?=\w)", r"\1 build/", command)
 
 
 def check_page(page, text):
@@ -355,7 +355,7 @@ def all_faults(texts, skipped):
         yield from check_page(page, text)
     yield from check_quoted(texts, skipped)
     yield from figures.faults(texts)
-    yield from paper_map.faults(texts.get("docs/map.md"), command_fault)
+    yield from paper_map.faults(texts[paper_map.PAGE], texts[WALKTHROUGH])
 
 
 # ---- planted faults ----
