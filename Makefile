@@ -4,6 +4,7 @@
 # make test-hf      compares with Hugging Face, live; makes a virtual environment outside this folder (2 minutes, 6 GB)
 # make test-package   the tests of the Python package in hf/, all of them (an environment of 7 GB, once)
 # make test-page    the page of `trace --html` in headless Chromium; ./run.sh test-page installs it first
+# make test-docs    runs every command of docs/walkthrough.md, and checks commands and figures of all pages (one minute)
 # make pages        two sample pages into build/pages: the bundled model, and SmolLM2 where ./run.sh has fetched it
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
 # make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
@@ -134,6 +135,9 @@ test-package: speed
 test-page: speed
 	tests/page/run.sh "$(CACHE)"
 
+test-docs: speed
+	python3 tests/docs/check.py
+
 # What the README's pictures show. All K of SmolLM2 take two minutes of one processor.
 SMOLLM2 = $(CACHE)/smollm2-135m-instruct.safetensors
 DOG = The dog of the choir is a spaniel called Biscuit. What is the name of the dog?
@@ -258,5 +262,5 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package test-page pages sanitize sanitize-threads bench fuzz \
-  format check-format help install uninstall clean FORCE
+.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package test-page test-docs pages sanitize sanitize-threads \
+  bench fuzz format check-format help install uninstall clean FORCE

@@ -440,7 +440,8 @@ std::optional<Options> read_options(int argc, char** argv) {
     for (const char* flag : {"--k", "--policy", "--bos", "--keep", "--every", "--compare"})
       if (given(flag) && !(o.compare && o.compare->empty()))
         throw Error(2, flag, "--k auto brings its own policy", "leave one of them out");
-  if (o.mode != "trace" && o.compare && !o.compare->empty())  // in trace they name the first policy
+  // trace shows the policy of the flags, and beside it the one of --compare.
+  if (o.mode != "trace" && o.compare && !o.compare->empty())
     for (const char* flag : {"--policy", "--k", "--bos", "--keep", "--every"})
       if (given(flag))
         throw Error(2, flag, "the list of --compare names its policies",

@@ -2,14 +2,22 @@
 
     make && python3 study/draw_policies.py
 
-The model is a random one of five layers from the tests. Its weights do not change the picture.
+The model is a random one of five layers from the tests, with SwiftKV from layer 3 up in a pair: the authors' code takes
+only groups that divide the upper layers. Its weights do not change the picture.
 """
 
+import sys
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 from common import ROOT, Speed
 
+sys.path.insert(0, str(ROOT / "exercises"))
+from swiftkv import initial_swiftkv
+
 MODEL = ROOT / "tests" / "golden" / "swiftkv.safetensors"
+K, GROUP = 3, 2
 TOKENS, TAIL = 10, 3  # all tokens; the last TAIL of them are decode-phase
 
 
@@ -23,7 +31,7 @@ PANELS = [
     Panel("full", "every token, every layer", ["--policy", "full"]),
     Panel("speed  K=3", "upper layers never see the prompt", ["--policy", "speed", "--k", "3"]),
     Panel("pop  K=3", "keys and values from layer K's input", ["--policy", "pop", "--k", "3"]),
-    Panel("swiftkv  K=2", "the same, one cache for two layers", ["--policy", "swiftkv"]),
+    Panel("swiftkv  K=3", "the same, one cache for two layers", ["--policy", "swiftkv"]),
     Panel("share  0,2,4", "a dropped layer reads the one below", ["--policy", "share", "--keep", "0,2,4"]),
 ]
 # class of a cell in STYLE -> its text in the legend
@@ -35,20 +43,21 @@ LEGEND = {
     "tail": "answer token",
 }
 CELL, GAP, LEFT, TOP = 15, 42, 58, 62
-# Mid-tones, which can be read on light and on dark pages.
+# Mid-tones, which can be read on light and on dark pages. A slot is a white disc with a dark rim: it stands out on
+# every cell and on both pages.
 STYLE = """
   text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #818b98 }
   .title { font-weight: 600; fill: #5b8fd0 } .small { font-size: 10px }
   .whole { fill: #2f6fb3 } .kv { fill: #8fbbe8 } .tail { fill: #d9822b } .anchor { fill: #8a63c9 }
   .none { fill: #8c959f; fill-opacity: .25 }
-  .cache { fill: none; stroke: #16202b; stroke-width: 1.2 } .legend { stroke: #818b98 }
+  .cache { fill: #fff; stroke: #16202b; stroke-width: 1 }
 """
 
 
-def trace(flags):
+def trace(model, flags):
     """The rows of `speed trace`, one for each layer."""
     text = "abcdefghijklmnop"[: TOKENS - 1]  # each letter is one token, and BoS comes first
-    rows = Speed(ROOT / "speed", MODEL).rows("trace", "-p", text, "--split", TOKENS - TAIL, *flags)
+    rows = Speed(ROOT / "speed", model).rows("trace", "-p", text, "--split", TOKENS - TAIL, *flags)
     return [row for row in rows if isinstance(row["layer"], int)]
 
 
@@ -74,7 +83,7 @@ def draw_panel(x, panel, rows):
             cx = x + CELL * t
             yield f'<rect class="{kind}" x="{cx + 1}" y="{y + 1}" width="{CELL - 2}" height="{CELL - 2}" rx="2"/>'
             if cached:
-                yield f'<circle class="cache" cx="{cx + CELL / 2}" cy="{y + CELL / 2}" r="2.6"/>'
+                yield f'<circle class="cache" cx="{cx + CELL / 2}" cy="{y + CELL / 2}" r="3"/>'
     y = TOP + CELL * len(rows) + 14
     yield f'<text class="small" x="{x}" y="{y}">prompt</text>'
     yield f'<text class="small" x="{x + CELL * prompt}" y="{y}">answer</text>'
@@ -82,8 +91,11 @@ def draw_panel(x, panel, rows):
 
 def main():
     layers, parts, x = 0, [], LEFT
-    for panel in PANELS:
-        rows = trace(panel.flags)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.safetensors"
+        model.write_bytes(initial_swiftkv(MODEL.read_bytes(), K, GROUP))
+        traced = [trace(model, panel.flags) for panel in PANELS]
+    for panel, rows in zip(PANELS, traced, strict=True):
         layers = len(rows)
         parts += draw_panel(x, panel, rows)
         x += CELL * TOKENS + GAP
@@ -99,7 +111,7 @@ def main():
         )
         legend_x += 34 + 6 * len(words)
     parts.append(
-        f'<circle class="cache legend" cx="{legend_x + 6}" cy="{y - 4}" r="2.6"/>'
+        f'<circle class="cache" cx="{legend_x + 6}" cy="{y - 4}" r="3"/>'
         f'<text class="small" x="{legend_x + 18}" y="{y}">has a slot in this layer\'s cache</text>'
     )
     svg = (
