@@ -23,7 +23,7 @@ CXX ?= g++
 CXXFLAGS ?= -O3 -march=native
 # -fno-trapping-math changes no result; without it GCC does not vectorise loops with e^x.
 LANGUAGE = -std=c++20 -Wall -Wextra -Werror=switch -fopenmp -fno-trapping-math
-LIBRARIES = -lopenblas -lpcre2-8
+LIBRARIES = -lopenblas -lpcre2-8 -ledit
 BUILD ?= build
 CACHE ?= $(or $(SPEED_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/speed)
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)

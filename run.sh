@@ -42,7 +42,7 @@ install() {
     { say "$hint: apt-get could not install them, see its message above"; return 1; }
 }
 
-build_tools() { install "to build speed" g++ make git libopenblas-dev libcli11-dev nlohmann-json3-dev libpcre2-dev; }
+build_tools() { install "to build speed" g++ make git libopenblas-dev libcli11-dev nlohmann-json3-dev libpcre2-dev libedit-dev; }
 
 # fetch NAME==VERSION SHA256: a wheel into the cache, checked; never a second time.
 fetch() {

@@ -152,6 +152,13 @@ inline Policy full_depth(int n_layers) {
 // Predicted by formula; the engine counts the same numbers while it runs, and tests hold both equal. FLOPs: matrix
 // products and attention, 2 a multiply-add; norms, RoPE, softmax and sampling are not counted.
 
+// What earlier turns of a conversation left in the caches, in tokens. Most are prompt tokens now. Those that upper layers
+// still hold, with --keep-answers, still count as decode-phase.
+struct Earlier {
+  uint64_t tokens = 0;  // in all
+  uint64_t kept = 0;    // of them, decode-phase
+};
+
 struct Cost {
   const Shape& s;
   const Policy& p;
@@ -164,12 +171,12 @@ struct Cost {
   uint64_t head_flops() const { return uint64_t(2) * s.hidden * s.vocab; }
   uint64_t attention_flops(uint64_t slots_seen) const { return 4 * slots_seen * s.q_width(); }
 
-  // n prompt tokens, from an empty cache, in layer l. Token i attends to i + 1 slots.
-  uint64_t prompt_flops(int l, uint64_t n) const {
+  // n prompt tokens, after `seen` earlier tokens, in layer l. Token i attends to seen + i + 1 slots.
+  uint64_t prompt_flops(int l, uint64_t n, uint64_t seen = 0) const {
     uint64_t flops = 0;
     if (p.has_cache(l) && p.caches_prompt(l)) flops += n * kv_flops();
     if (l < p.full_prompt_layers())
-      flops += n * (q_flops() + o_flops() + mlp_flops()) + attention_flops(n * (n + 1) / 2);
+      flops += n * (q_flops() + o_flops() + mlp_flops()) + attention_flops(n * seen + n * (n + 1) / 2);
     return flops;
   }
 
@@ -181,18 +188,20 @@ struct Cost {
 
   // FLOPs of the prefill of n tokens, of which the last `tail` are decode-phase: in one layer; in all layers, with the
   // output head for the last token.
-  uint64_t prefill_layer_flops(int l, uint64_t n, uint64_t tail) const {
-    uint64_t flops = prompt_flops(l, n - tail);
-    for (uint64_t i = 0; i < tail; ++i) flops += decode_row_flops(l, n - tail, i);
+  uint64_t prefill_layer_flops(int l, uint64_t n, uint64_t tail, Earlier turns = {}) const {
+    uint64_t flops = prompt_flops(l, n - tail, turns.tokens);
+    for (uint64_t i = 0; i < tail; ++i)
+      flops += decode_row_flops(l, turns.tokens - turns.kept + n - tail, turns.kept + i);
     return flops;
   }
-  uint64_t prefill_flops(uint64_t n, uint64_t tail) const {
+  uint64_t prefill_flops(uint64_t n, uint64_t tail, Earlier turns = {}) const {
     uint64_t flops = head_flops();
-    for (int l = 0; l < s.n_layers; ++l) flops += prefill_layer_flops(l, n, tail);
+    for (int l = 0; l < s.n_layers; ++l) flops += prefill_layer_flops(l, n, tail, turns);
     return flops;
   }
 
-  // FLOPs of the decode step right after that request.
+  // FLOPs of the decode step right after that request. In a conversation, here and below, n and `tail` count earlier
+  // turns too: n + tokens, tail + kept.
   uint64_t decode_flops(uint64_t n, uint64_t tail) const {
     uint64_t flops = head_flops();
     for (int l = 0; l < s.n_layers; ++l) flops += decode_row_flops(l, n - tail, tail);
@@ -483,6 +492,22 @@ class Engine {
   }
 
  public:
+  // Where a conversation stands. go_back() returns there, as if nothing had come after: tokens only ever add slots, so
+  // the number of each cache's slots says it all.
+  struct Mark {
+    size_t position = 0;
+    std::vector<size_t> used;  // [L]
+  };
+  Mark mark() const {
+    Mark m{position_, {}};
+    for (const auto& cache : caches_) m.used.push_back(cache.used);
+    return m;
+  }
+  void go_back(const Mark& m) {
+    position_ = m.position;
+    for (size_t l = 0; l < caches_.size(); ++l) caches_[l].used = m.used[l];
+  }
+
   // Ends a turn of a conversation: its decode-phase tokens are prompt tokens of the next. So they lose their slots where
   // prompt tokens have none, and only the anchor stays, unless answers are kept.
   void end_turn(bool keep_answers) {
@@ -737,7 +762,8 @@ Answer generate(Engine<B>& engine, std::span<const int> ids, size_t split, size_
   } catch (const Interrupted&) {
     a.ended = Ended::interrupted;
   }
-  if (a.first_token > 0) a.steps = engine.counted() - before - a.prompt;
+  if (a.first_token == 0) a.prompt = engine.counted() - before;  // interrupted on the way
+  a.steps = engine.counted() - before - a.prompt;
   a.kv_bytes = engine.kv_bytes_used();
   return a;
 }

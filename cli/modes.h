@@ -29,7 +29,7 @@ struct Mode {
 
 inline constexpr Mode modes[] = {
     {"generate", "complete a text, or with --chat answer a question", run_generate},
-    {"chat", "hold a conversation", run_chat},
+    {"chat", "hold a conversation; /help in it lists its commands", run_chat},
     {"logits", "write the logits of given tokens to a NumPy file", run_logits},
     {"perplexity", "how well a text is predicted under a policy, beside full depth", run_perplexity},
     {"trace", "show one prompt layer by layer, as text or as a page (--html)", run_trace},

@@ -106,6 +106,7 @@ std::vector<Flag> flags() {
        "model (default: $SPEED_MODEL, or the bundled one)", not_empty()},
       {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE | TUNE, "-p,--prompt", &O::prompt, "TEXT",
        "text; what is piped in is added after it"},
+      {"Input", CHAT, "-p,--prompt", &O::prompt, "TEXT", "the first turn; later ones are read, line by line"},
       {"Input", GENERATE | LOGITS | PERPLEXITY | TRACE | TOKENIZE | TUNE, "-f,--file", &O::file, "FILE",
        "text from a file; - is standard input", not_empty()},
       {"Input", LOGITS | PERPLEXITY, "--tokens", &O::tokens, "IDS", "token ids, as 1,2,3; nothing is added"},

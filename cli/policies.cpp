@@ -139,8 +139,7 @@ static std::vector<std::string> parts_of(const std::string& list) {
   return parts;
 }
 
-// The options that an entry of a list such as "speed:24:no-bos" stands for. What it leaves open is open in them too.
-static Options entry(const Options& o, const std::string& spec, const std::string& flag) {
+Options with_policy(const Options& o, const std::string& spec, const std::string& flag) {
   Options v = o;
   v.policy = v.keep = std::nullopt, v.k = v.every = std::nullopt, v.bos = std::nullopt;
   std::istringstream in(spec);
@@ -167,7 +166,7 @@ std::vector<Policy> compared_policies(const Options& o, const Model& model) {
     policies.push_back(make_policy(o, model));
   } else {
     for (const std::string& spec : parts_of(*o.compare))
-      if (spec != "full") policies.push_back(make_policy(entry(o, spec, "--compare"), model));
+      if (spec != "full") policies.push_back(make_policy(with_policy(o, spec, "--compare"), model));
   }
   return policies;
 }
@@ -196,7 +195,7 @@ std::vector<Policy> listed_policies(const Options& o, const Model& model) {
   if (!o.policy) return all;
   bool bos_taken = false, kept_taken = false, k_taken = false, group_taken = false;
   for (const std::string& spec : parts_of(*o.policy)) {
-    Options one = entry(o, spec, "--policy");
+    Options one = with_policy(o, spec, "--policy");
     const PolicyInfo& takes = info(*find_policy(*one.policy));
     if (takes.takes_bos && !one.bos) one.bos = o.bos;
     if (takes.takes_kept && !one.every) one.every = o.every, one.keep = o.keep;

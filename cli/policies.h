@@ -13,6 +13,10 @@ namespace speed {
 // run every policy.
 Policy make_policy(const Options& o, const Model& model);
 
+// The options that an entry of a list such as "speed:24:no-bos" stands for. What it leaves open is open in them too.
+// `flag` is named where it is no policy.
+Options with_policy(const Options& o, const std::string& spec, const std::string& flag);
+
 // Full depth, and the policies of --compare, or, where its list is empty, the one the policy flags name.
 std::vector<Policy> compared_policies(const Options& o, const Model& model);
 

@@ -5,16 +5,18 @@
 #include <iostream>
 
 #include "backend.h"
+#include "lines.h"
 #include "modes.h"
 
 namespace speed {
 
 // ---- signals ------------------------------------------------------------------------------------------------------
 // The first Ctrl-C stops the run at the next layer, so that it can still report; a second one kills the program. Any
-// signal that kills also removes a half-written file. SIGBUS means that the model file was cut short while mapped.
+// signal that kills also removes a half-written file, and gives the terminal back as it was. SIGBUS means that the model file was cut short while mapped.
 
 static void die(int signal) {
   if (unfinished[0]) ::unlink(unfinished);
+  if (restore_terminal) restore_terminal();
   if (signal == SIGBUS) {
     constexpr std::string_view line =
         "speed: model file: it was cut short or became unreadable while in use; start again with a whole file\n";
@@ -25,14 +27,19 @@ static void die(int signal) {
   ::raise(signal);
 }
 
+void watch_interrupts() {
+  interrupted = false;
+  struct sigaction action {};  // without SA_RESTART: a read that waits for input ends
+  action.sa_handler = [](int) { interrupted = true, ::signal(SIGINT, die); };
+  sigaction(SIGINT, &action, nullptr);
+}
+
 static void watch_signals() {
   for (int signal : {SIGBUS, SIGHUP, SIGPIPE, SIGTERM})
     if (struct sigaction now{}; sigaction(signal, nullptr, &now) == 0 && now.sa_handler == SIG_DFL)
       ::signal(signal, die);
   ::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is then an error of write, as a full disk is
-  struct sigaction action {};  // without SA_RESTART: a read that waits for input ends
-  action.sa_handler = [](int) { interrupted = true, ::signal(SIGINT, die); };
-  sigaction(SIGINT, &action, nullptr);
+  watch_interrupts();
 }
 
 // ---- libraries, run records ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ int program(int argc, char** argv);
 #include "chat.cpp"
 #include "generate.cpp"
 #include "info.cpp"
+#include "lines.cpp"
 #include "logits.cpp"
 #include "options.cpp"
 #include "perplexity.cpp"

@@ -12,6 +12,9 @@ namespace speed {
 // Set by the first Ctrl-C: the run stops at the next layer, so that it can still say what it did.
 extern std::atomic<bool> interrupted;
 
+// Makes the next Ctrl-C a first one again: a chat goes on after it. (program.cpp)
+void watch_interrupts();
+
 struct Request {
   std::vector<int> ids;
   size_t split = 0;       // ids[0, split) are prompt tokens

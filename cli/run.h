@@ -41,16 +41,18 @@ auto prefill_progress(Engine<B>& engine, size_t n_tokens, std::function<void(dou
 
 using Emit = std::function<void(const std::string&)>;
 
-// Prefills the request, then generates up to n tokens; `emit` receives the text as it comes.
+// Prefills the request, then generates up to n tokens; `emit` receives the text as it comes. Ctrl-C ends it at the next
+// layer of the prefill, later at the next token, so that the caches then hold whole tokens.
 template <class B>
 Answer answer(Engine<B>& engine, const Model& model, const Request& r, size_t split, size_t n, const Options& o,
               const Emit& emit) {
   TextStream text(o.stop);
   Progress progress("prompt");
   bool prefilled = false;
-  engine.on_layer = prefill_progress(engine, r.ids.size(), [&](double share) {
-    if (!prefilled) progress.update(share);
-  });
+  const auto watch = prefill_progress(engine, r.ids.size(), [&](double share) { progress.update(share); });
+  engine.on_layer = [&](int l, size_t first, size_t rows, const auto* x) {
+    if (!prefilled) watch(l, first, rows, x);
+  };
   const std::vector<int> stops = stop_ids(model, o.chat || o.mode == "chat");
   const Sampler sampler({o.temperature, o.top_k, o.top_p, o.min_p, o.seed});
   const Answer a = generate(engine, r.ids, split, n, sampler, stops, [&](int token) {
@@ -58,6 +60,7 @@ Answer answer(Engine<B>& engine, const Model& model, const Request& r, size_t sp
     progress.clear();
     release_notes();
     emit(text.push(model.tokenizer->decode(token)));
+    if (interrupted) throw Interrupted{};
     return !text.stopped();
   });
   progress.clear();

@@ -143,7 +143,7 @@ TEST_CASE("each flag with what it does not take", "[cli]") {
   refused(on_tied + "-p", 2, "missing");
   refused("''", 2, "is no mode");
   refused("-- hi", 2, "no such flag");
-  refused("chat" + on_tied + "-p hi", 2, "no such flag of speed chat");
+  refused("chat" + on_tied + "-f x", 2, "no such flag of speed chat");
   refused("info" + on_tied + "more", 2, "belongs to no flag");
   refused(on_tied + "-f /nonexistent", 1, "cannot be read");
   refused(on_tied + "-f tests", 1, "cannot be read");
@@ -676,7 +676,7 @@ TEST_CASE("chat", "[cli]") {
   CHECK(reset.out == once + once);
   CHECK(chat("", on_scaled).code == 0);
   CHECK(chat("/k 9\\n", on_scaled).err.find("4 layers") != std::string::npos);
-  CHECK(chat("/bos maybe\\n", on_scaled).err.find("no such command") != std::string::npos);
+  CHECK(chat("/box on\\n", on_scaled).err.find("no such command") != std::string::npos);
   CHECK(chat("a\\377\\n", on_scaled).err.find("not UTF-8 at byte 1") != std::string::npos);
   const Ran full = chat("one\\ntwo\\n" + std::string(200, 'x') + "\\nthree\\n", on_scaled + "-n 4 -c 120");
   CHECK(full.code == 0);

@@ -313,6 +313,101 @@ TEST_CASE("predicted = counted = allocated", "[laws][cost]") {
   }
 }
 
+// What a turn costs, and what it leaves: predicted, and counted by the engine.
+TEST_CASE("predicted = counted in every turn of a conversation", "[laws][cost]") {
+  struct Turn {
+    size_t n, tail, steps;  // tokens of the request, the decode-phase ones among them, tokens generated and fed back
+  };
+  const std::vector<Turn> turns = {{9, 2, 3}, {30, 4, 2}, {3, 1, 0}, {2, 2, 5}, {21, 1, 1}};
+  size_t total = 0, compared = 0;
+  for (const Turn& t : turns) total += t.n + t.steps;
+  for (auto& file : names) {
+    const Model m(golden(file));
+    const Shape& s = m.config.shape;
+    Cpu cpu;
+    const auto said = Random(11).ids(total + 1, m.config.bos, s.vocab);
+    for (const Policy& p : all_policies(m.config))
+      for (bool keep_answers : {false, true})
+        for (size_t chunk : {512, 7})
+          for (size_t before : {0, 40}) {  // tokens that an engine of another K had: the first turn prefills them again
+            INFO(file << " " << name(p.method) << " K=" << p.k << " bos " << p.bos << " keep " << keep_answers
+                      << " chunk " << chunk << " before " << before);
+            const Cost cost{s, p};
+            Engine<Cpu> engine(m, p, {total + before, total, chunk}, cpu);
+            Earlier earlier;
+            size_t at = 0;
+            for (Turn t : turns) {
+              auto ids = std::vector<int>(said.begin() + long(at), said.begin() + long(at + t.n));
+              at += t.n;
+              if (earlier.tokens == 0) {
+                const auto again = Random(12).ids(before + 1, 7, s.vocab);
+                ids.insert(ids.begin() + 1, again.begin() + 1, again.end());
+                t.n += before;
+              }
+              const size_t split = t.n - t.tail;
+              engine.end_turn(keep_answers);
+              const Counters start = engine.counted();
+              const std::vector<LayerStats> layers = engine.layers();
+              engine.prefill(ids, split, [](size_t, const float*) {});
+              CHECK((engine.counted() - start).flops == cost.prefill_flops(t.n, t.tail, earlier));
+              for (int l = 0; l < s.n_layers; ++l)
+                CHECK((engine.layers()[l].counted - layers[l].counted).flops ==
+                      cost.prefill_layer_flops(l, t.n, t.tail, earlier));
+              // The next steps: each as if the request had been the whole conversation so far.
+              size_t n = earlier.tokens + t.n, tail = earlier.kept + t.tail;
+              for (size_t i = 0; i < t.steps; ++i, ++n, ++tail) {
+                const Counters prompt = engine.counted();
+                engine.decode(said[at++]);
+                const Counters step = engine.counted() - prompt;
+                CHECK(step.flops == cost.decode_flops(n, tail));
+                CHECK(step.weight_bytes + step.kv_bytes ==
+                      cost.decode_read_bytes(n, tail, sizeof(float), sizeof(bf16)));
+              }
+              CHECK(engine.kv_bytes_used() == cost.kv_bytes(n - tail, tail, sizeof(float)));
+              for (int l = 0; l < s.n_layers; ++l) CHECK(engine.cache(l).used == p.slots(l, n - tail, tail));
+              earlier = {n, keep_answers ? tail : 0};
+              ++compared;
+            }
+          }
+  }
+  CHECK(compared > 2000);
+}
+
+TEST_CASE("go_back forgets what came after the mark, by the bit", "[laws]") {
+  for (auto& file : names) {
+    const Model m(golden(file));
+    const Shape& s = m.config.shape;
+    const auto ids = Random(13).ids(60, m.config.bos, s.vocab);
+    Cpu cpu;
+    for (const Policy& p : all_policies(m.config))
+      for (size_t layer_to_stop : {0, 1, 2}) {
+        auto run = [&](bool stopped, bool go_back) {
+          Engine<Cpu> engine(m, p, {100, 60, 8}, cpu);
+          // In the first turn there is no anchor yet; in the second there is.
+          std::vector<float> all;
+          for (size_t turn : {0, 1}) {
+            const auto request = std::span(ids).subspan(turn * 30, 30);
+            engine.end_turn(false);
+            const auto mark = engine.mark();
+            engine.on_layer = [&](int l, size_t first, size_t, const float*) {
+              if (stopped && first > turn * 30 && size_t(l) == layer_to_stop) throw Interrupted{};
+            };
+            if (stopped) CHECK_THROWS_AS(engine.prefill(request, 27, [](size_t, const float*) {}), Interrupted);
+            engine.on_layer = nullptr;
+            if (go_back) engine.go_back(mark);
+            const auto x = logits(engine, request, 27, s.vocab);
+            all.insert(all.end(), x.begin(), x.end());
+          }
+          return all;
+        };
+        INFO(file << " " << name(p.method) << " K=" << p.k << " bos " << p.bos << " layer " << layer_to_stop);
+        const auto plain = run(false, false);
+        CHECK(same_bits(run(true, true), plain));
+        CHECK_FALSE(same_bits(run(true, false), plain));  // so there was something to forget
+      }
+  }
+}
+
 TEST_CASE("what a request may not be", "[laws]") {
   const Model m(golden("scaled.safetensors"));
   const int L = m.config.shape.n_layers, bos = m.config.bos;
