@@ -5,6 +5,7 @@
 # make test-package   the tests of the Python package in hf/, all of them (an environment of 7 GB, once)
 # make test-page    the page of `trace --html` in headless Chromium; ./run.sh test-page installs it first
 # make test-docs    runs every command of docs/walkthrough.md, and checks commands and figures of all pages (one minute)
+# make test-exercises   answers to the exercises; each planted fault is caught by the laws that their table names (minutes)
 # make pages        two sample pages into build/pages: the bundled model, and SmolLM2 where ./run.sh has fetched it
 # make bench        times SmolLM2 beside this machine's ceilings; run ./run.sh first, it fetches the model
 # make sass         checks the machine code of the CUDA kernels: loads in flight, no spills, HGMMA; needs no GPU
@@ -137,6 +138,11 @@ test-page: speed
 
 test-docs: speed
 	python3 tests/docs/check.py
+	python3 exercises/check.py --answers
+
+test-exercises: speed
+	python3 exercises/check.py --answers
+	python3 exercises/check_faults.py
 
 # What the README's pictures show. All K of SmolLM2 take two minutes of one processor.
 SMOLLM2 = $(CACHE)/smollm2-135m-instruct.safetensors
@@ -262,5 +268,5 @@ clean:
 FORCE:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/program/*.d)
 
-.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package test-page test-docs pages sanitize sanitize-threads \
-  bench fuzz format check-format help install uninstall clean FORCE
+.PHONY: cuda sass gpu-check gpu-kit gpu-bench test test-hf test-package test-page test-docs test-exercises pages sanitize \
+  sanitize-threads bench fuzz format check-format help install uninstall clean FORCE
