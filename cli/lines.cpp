@@ -2,6 +2,7 @@
 #include "lines.h"
 
 #include <histedit.h>
+#include <poll.h>
 #include <signal.h>
 #include <termios.h>
 #include <unistd.h>
@@ -70,13 +71,22 @@ struct LineReader::Editor {
     std::mbstate_t state{};
     for (bool first = true;; first = false) {
       while (e.at == e.end) {
-        const ssize_t n = ::read(0, e.input, sizeof e.input);
-        if (n < 0 && errno == EINTR && !interrupted) {  // the window has another size, or the program was stopped
+        // Ctrl-C comes through only while this waits, or it could come right before and be seen at the next key.
+        sigset_t ctrl_c, others;
+        ::sigemptyset(&ctrl_c), ::sigaddset(&ctrl_c, SIGINT);
+        ::pthread_sigmask(SIG_BLOCK, &ctrl_c, &others);
+        pollfd terminal{0, POLLIN, 0};
+        const int ready = interrupted ? -1 : ::ppoll(&terminal, 1, nullptr, &others);
+        ::pthread_sigmask(SIG_SETMASK, &others, nullptr);
+        if (interrupted) return -1;
+        if (ready < 0 && errno == EINTR) {  // the window has another size, or the program was stopped and goes on
           el_resize(edit);
           el_set(edit, EL_PREP_TERM, 0), el_set(edit, EL_PREP_TERM, 1);
           el_set(edit, EL_REFRESH);
           continue;
         }
+        const ssize_t n = ::read(0, e.input, sizeof e.input);
+        if (n < 0 && errno == EINTR) continue;
         if (n <= 0) return int(n);
         e.at = 0, e.end = size_t(n);
       }
