@@ -74,9 +74,10 @@ class Terminal {
       if (n > 0) at += size_t(n);
     }
   }
-  // Reads until `words` have been shown since the last wait; 20 s at most.
+  // Reads until `words` have been shown since the last wait; a minute at most.
   bool wait_for(const std::string& words) {
-    for (int i = 0; i < 2000; ++i) {
+    const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    while (std::chrono::steady_clock::now() < give_up) {
       const size_t at = screen_.find(words, seen_);
       if (at != std::string::npos) return seen_ = at + words.size(), true;
       if (!take(10)) break;

@@ -865,7 +865,7 @@ TEST_CASE("completion knows the modes and their flags", "[cli]") {
   CHECK(complete("plan --ba", 2) == "--batch\n");
   CHECK(complete("-p x --no-b", 3) == "--no-bos\n");
   CHECK(complete("info --ba", 2) == "\n");
-  CHECK(complete("info -m models/sm", 3) == "models/small.safetensors\n");
+  CHECK(complete("info -m models/small", 3) == "models/small.safetensors\n");
 }
 
 TEST_CASE("why an answer ended", "[cli]") {
