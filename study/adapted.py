@@ -217,8 +217,8 @@ def perform(planned, path, jobs, so_far):
         try:
             for count, future in enumerate(as_completed(running), start=1):
                 t = running[future]
-                row = dict(key=t.key(), model=t.model.name, part=t.part, kind=t.question["kind"], **future.result())
-                row["question"] = common.digest(t.question)[:16]
+                row = dict(key=t.key(), model=t.model.name, part=t.part, question=common.digest(t.question)[:16])
+                row |= dict(kind=t.question["kind"]) | future.result()
                 done[t.key()] = row
                 with open(path, "a") as f:
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -283,7 +283,7 @@ def summarize(model, rows):
                     row[f] = found(some, spec)
             row["of_full"] = bootstrap(asked, lambda some, spec=spec: kept(some, spec))
         if talked:
-            row["tokens"] = sum(r["tokens"] for r in talked)
+            row.update(chats=len(talked), tokens=sum(r["tokens"] for r in talked))
             for m in ("same", "kl"):
                 row[m] = bootstrap(talked, lambda some, m=m, spec=spec: ratio(some, spec, m))
         if asked or talked:
@@ -291,7 +291,7 @@ def summarize(model, rows):
     drifted = [r for r in mine if r["part"] == "drift"]
     if drifted:
         out[0]["drift"] = {m: bootstrap(drifted, lambda some, m=m: ratio(some, "drift", m)) for m in ("kl", "same")}
-        out[0]["drift"]["tokens"] = sum(r["tokens"] for r in drifted)
+        out[0]["drift"].update(chats=len(drifted), tokens=sum(r["tokens"] for r in drifted))
     return out
 
 
@@ -313,15 +313,23 @@ def looks_summary(models, rows):
 
 
 def cell(row, key, digits):
-    return common.cell(*row[key], digits) if key in row else "not measured"
+    return common.cell(*row[key], digits)
 
 
 def k_of(row):
     return Policy.parse(row["spec"]).number or f"{LAYERS} (full)"
 
 
+def missing(results, key, but=None):
+    """The lines that name the models of which a measure is missing."""
+    measured = {row["model"] for row in results["summary"] if key in row}
+    names = [name for name in results["settings"]["models"] if name not in measured and name != but]
+    return ["", f"Not measured: {', '.join(names)}."] if names else []
+
+
 def markdown(results):
     summary = results["summary"]
+    asked = max(row.get("asked", 0) for row in summary)
     lines = [
         "# Adapted to SPEED: the tables",
         "",
@@ -329,9 +337,9 @@ def markdown(results):
         "",
         "## Look-ups found",
         "",
-        "136 questions of `study/adapt_eval.json` and the 30 look-ups of `study/questions.json`, answers of at most 20 "
-        "tokens. *of its full depth*: right answers at K for each right answer of the same model at full depth. Prompt "
-        "work: share of full depth's.",
+        f"Up to {asked} of 166, in a random order that is the same for all models: 136 are from "
+        "`study/adapt_eval.json`, 30 from `study/questions.json`. Answers of at most 20 tokens. *of its full depth*: "
+        "right answers at K for each right answer of the same model at full depth. Prompt work: share of full depth's.",
         "",
     ]
     rows = [
@@ -343,21 +351,31 @@ def markdown(results):
     ]
     columns = ["model", "K", "prompt work", "found", "found, %", "of its full depth, %", *(f"{f}.json" for f in FILES)]
     lines += common.table(columns, rows)
-    text = "{} chats of `study/questions.json`, answers of at most {} tokens."
-    text = text.format(CHATS, results["settings"]["n"])
+    lines += missing(results, "asked")
+    text = "Chats of `study/questions.json`, answers of at most {} tokens."
+    text = text.format(results["settings"]["n"])
     lines += ["", "## Beside its own full depth", "", f"{text} Each K is fed the same model's full-depth answer.", ""]
     talked = [row for row in summary if "same" in row and row["spec"] != "full"]
     rows = [
-        [row["model"], k_of(row), row["tokens"], cell(row, "same", ".1f"), cell(row, "kl", ".3f")] for row in talked
+        [row["model"], k_of(row), row["chats"], row["tokens"], cell(row, "same", ".1f"), cell(row, "kl", ".3f")]
+        for row in talked
     ]
-    lines += common.table(["model", "K", "tokens", "same top-1, %", "KL, nats a token"], rows)
+    lines += common.table(["model", "K", "chats", "tokens", "same top-1, %", "KL, nats a token"], rows)
+    lines += missing(results, "same")
     lines += ["", "## Full depth beside stock's full depth", "", "The same chats; stock's answers are fed to all.", ""]
     rows = [
-        [row["model"], row["drift"]["tokens"], cell(row["drift"], "kl", ".4f"), cell(row["drift"], "same", ".1f")]
+        [
+            row["model"],
+            row["drift"]["chats"],
+            row["drift"]["tokens"],
+            cell(row["drift"], "kl", ".4f"),
+            cell(row["drift"], "same", ".1f"),
+        ]
         for row in summary
         if "drift" in row
     ]
-    lines += common.table(["model", "tokens", "KL, nats a token", "same top-1, %"], rows)
+    lines += common.table(["model", "chats", "tokens", "KL, nats a token", "same top-1, %"], rows)
+    lines += missing(results, "drift", but="stock")
     return "\n".join(lines) + "\n"
 
 
