@@ -131,7 +131,8 @@ def looks(speed, q):
     said = re.search(q["answer"], run["text"])
     if not said:
         return dict(weights=None, program=document["program"])
-    looking = asked + slots_of(tokens[asked:], said)[0] - 1
+    answer = [*tokens[asked:], run["text"]]  # the answer's last token is not fed, so the whole text stands for it
+    looking = asked + slots_of(answer, said)[0] - 1
     text = "".join(tokens)
     slots = slots_of(tokens, re.search(q["answer"], text[: text.index("Question:")]))
     data, at, weights = base64.b64decode(run["attention"]), 0, []
@@ -296,17 +297,13 @@ def summarize(model, rows):
 
 
 def looks_summary(models, rows):
-    """For each model the mean of its looks, layer by layer, over the questions that all traced models answer right."""
-    traced = [r for r in rows if r["part"] == "looks"]
-    of_model = {m.name: {r["question"]: r for r in traced if r["model"] == m.name} for m in models}
-    of_model = {name: of for name, of in of_model.items() if of}
-    questions = {r["question"] for r in traced}
-    both = sorted(q for q in questions if all(q in of and of[q]["weights"] for of in of_model.values()))
-    if not both:
-        return {}
-    layers = range(LAYERS)
-    mean = {n: [float(np.mean([of[q]["weights"][i] for q in both])) for i in layers] for n, of in of_model.items()}
-    return dict(questions=len(both), mean=mean)
+    """For each traced model: the number of these questions that it answers right; the mean of its looks in them."""
+    out = {}
+    for m in models:
+        weights = [r["weights"] for r in rows if r["part"] == "looks" and r["model"] == m.name and r["weights"]]
+        if weights:
+            out[m.name] = dict(questions=len(weights), mean=[float(x) for x in np.mean(weights, axis=0)])
+    return out
 
 
 # ---- tables and plot -------------------------------------------------------------------------------------------------
@@ -424,10 +421,10 @@ def plot_looks(results, path):
     """The strongest look at the right word, by layer, a line a model."""
     fig, ax = common.subplots(figsize=(7.4, 3.2))
     roles = {row["model"]: row["role"] for row in results["summary"]}
-    for name, mean in results["looks"]["mean"].items():
-        style = STYLES[roles[name]]
-        ax.plot(range(len(mean)), mean, color=style.color, marker=style.marker, ls=style.dash, ms=4, label=roles[name])
-    ax.set_ylim(0, 1)
+    for name, of in results["looks"].items():
+        style, label = STYLES[roles[name]], f"{roles[name]}, {of['questions']} right answers"
+        ax.plot(range(LAYERS), of["mean"], color=style.color, marker=style.marker, ls=style.dash, ms=4, label=label)
+    ax.set_ylim(0, 1.05)
     ax.set_xlabel("layer (from 0)")
     ax.set_ylabel("strongest weight")
     ax.legend(loc="upper left")
