@@ -38,6 +38,7 @@ from common import Policy, Speed
 STUDY = Path(__file__).parent
 HIGH, LOW = (24, 22, 20), (19, 18, 15)  # K, of 30 layers. The high ones are measured first.
 LAYERS = 30
+STRONGEST = 16  # slots that a long trace keeps of a row
 FIRST = 40  # look-ups, in a random order, that are asked before all else
 CHATS = 40
 TRACED = 8  # the shortest look-ups: a page of `speed trace` holds at most 1,000 tokens
@@ -137,13 +138,18 @@ def looks(speed, q):
     slots = slots_of(tokens, re.search(q["answer"], text[: text.index("Question:")]))
     data, at, weights = base64.b64decode(run["attention"]), 0, []
     for layer in range(len(run["caches"])):
-        # Every row sees itself and all before it: two bytes a slot, 255 times the root of the weight, and the head.
+        # Every row sees itself and all before it. docs/trace.md has the form: 255 times the root of the weight.
         for row in range(0 if layer < run["prompt_layers"] else run["split"], len(tokens)):
+            n, size = (row + 1, 2) if run["dense"] else (min(STRONGEST, row + 1), 4)
+            entries = [data[i : i + size] for i in range(at, at + n * size, size)]
+            at += n * size
             if row == looking:
-                strongest = max(data[at + 2 * slot] for slot in slots)
+                seen = {i: e[0] for i, e in enumerate(entries)}
+                if not run["dense"]:
+                    seen = {e[0] + 256 * e[1]: e[2] for e in entries}
+                strongest = max(seen.get(slot, 0) for slot in slots)
                 weights.append(round((strongest / 255) ** 2, 4))
-            at += 2 * (row + 1)
-    if at != len(data) or not run["dense"]:
+    if at != len(data):
         common.fail("the trace's attention has another length than docs/trace.md says")
     return dict(weights=weights, program=document["program"])
 
