@@ -38,6 +38,7 @@ from common import Policy, Speed
 STUDY = Path(__file__).parent
 HIGH, LOW = (24, 22, 20), (19, 18, 15)  # K, of 30 layers. The high ones are measured first.
 LAYERS = 30
+STRONGEST = 16  # slots that a long trace keeps of a row
 FIRST = 40  # look-ups, in a random order, that are asked before all else
 CHATS = 40
 TRACED = 8  # the shortest look-ups: a page of `speed trace` holds at most 1,000 tokens
@@ -131,18 +132,24 @@ def looks(speed, q):
     said = re.search(q["answer"], run["text"])
     if not said:
         return dict(weights=None, program=document["program"])
-    looking = asked + slots_of(tokens[asked:], said)[0] - 1
+    answer = [*tokens[asked:], run["text"]]  # the answer's last token is not fed, so the whole text stands for it
+    looking = asked + slots_of(answer, said)[0] - 1
     text = "".join(tokens)
     slots = slots_of(tokens, re.search(q["answer"], text[: text.index("Question:")]))
     data, at, weights = base64.b64decode(run["attention"]), 0, []
     for layer in range(len(run["caches"])):
-        # Every row sees itself and all before it: two bytes a slot, 255 times the root of the weight, and the head.
+        # Every row sees itself and all before it. docs/trace.md has the form: 255 times the root of the weight.
         for row in range(0 if layer < run["prompt_layers"] else run["split"], len(tokens)):
+            n, size = (row + 1, 2) if run["dense"] else (min(STRONGEST, row + 1), 4)
+            entries = [data[i : i + size] for i in range(at, at + n * size, size)]
+            at += n * size
             if row == looking:
-                strongest = max(data[at + 2 * slot] for slot in slots)
+                seen = {i: e[0] for i, e in enumerate(entries)}
+                if not run["dense"]:
+                    seen = {e[0] + 256 * e[1]: e[2] for e in entries}
+                strongest = max(seen.get(slot, 0) for slot in slots)
                 weights.append(round((strongest / 255) ** 2, 4))
-            at += 2 * (row + 1)
-    if at != len(data) or not run["dense"]:
+    if at != len(data):
         common.fail("the trace's attention has another length than docs/trace.md says")
     return dict(weights=weights, program=document["program"])
 
@@ -217,8 +224,8 @@ def perform(planned, path, jobs, so_far):
         try:
             for count, future in enumerate(as_completed(running), start=1):
                 t = running[future]
-                row = dict(key=t.key(), model=t.model.name, part=t.part, kind=t.question["kind"], **future.result())
-                row["question"] = common.digest(t.question)[:16]
+                row = dict(key=t.key(), model=t.model.name, part=t.part, question=common.digest(t.question)[:16])
+                row |= dict(kind=t.question["kind"]) | future.result()
                 done[t.key()] = row
                 with open(path, "a") as f:
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -283,7 +290,7 @@ def summarize(model, rows):
                     row[f] = found(some, spec)
             row["of_full"] = bootstrap(asked, lambda some, spec=spec: kept(some, spec))
         if talked:
-            row["tokens"] = sum(r["tokens"] for r in talked)
+            row.update(chats=len(talked), tokens=sum(r["tokens"] for r in talked))
             for m in ("same", "kl"):
                 row[m] = bootstrap(talked, lambda some, m=m, spec=spec: ratio(some, spec, m))
         if asked or talked:
@@ -291,37 +298,41 @@ def summarize(model, rows):
     drifted = [r for r in mine if r["part"] == "drift"]
     if drifted:
         out[0]["drift"] = {m: bootstrap(drifted, lambda some, m=m: ratio(some, "drift", m)) for m in ("kl", "same")}
-        out[0]["drift"]["tokens"] = sum(r["tokens"] for r in drifted)
+        out[0]["drift"].update(chats=len(drifted), tokens=sum(r["tokens"] for r in drifted))
     return out
 
 
 def looks_summary(models, rows):
-    """For each model the mean of its looks, layer by layer, over the questions that all traced models answer right."""
-    traced = [r for r in rows if r["part"] == "looks"]
-    of_model = {m.name: {r["question"]: r for r in traced if r["model"] == m.name} for m in models}
-    of_model = {name: of for name, of in of_model.items() if of}
-    questions = {r["question"] for r in traced}
-    both = sorted(q for q in questions if all(q in of and of[q]["weights"] for of in of_model.values()))
-    if not both:
-        return {}
-    layers = range(LAYERS)
-    mean = {n: [float(np.mean([of[q]["weights"][i] for q in both])) for i in layers] for n, of in of_model.items()}
-    return dict(questions=len(both), mean=mean)
+    """For each traced model: the number of these questions that it answers right; the mean of its looks in them."""
+    out = {}
+    for m in models:
+        weights = [r["weights"] for r in rows if r["part"] == "looks" and r["model"] == m.name and r["weights"]]
+        if weights:
+            out[m.name] = dict(questions=len(weights), mean=[float(x) for x in np.mean(weights, axis=0)])
+    return out
 
 
 # ---- tables and plot -------------------------------------------------------------------------------------------------
 
 
 def cell(row, key, digits):
-    return common.cell(*row[key], digits) if key in row else "not measured"
+    return common.cell(*row[key], digits)
 
 
 def k_of(row):
     return Policy.parse(row["spec"]).number or f"{LAYERS} (full)"
 
 
+def missing(results, key, but=None):
+    """The lines that name the models of which a measure is missing."""
+    measured = {row["model"] for row in results["summary"] if key in row}
+    names = [name for name in results["settings"]["models"] if name not in measured and name != but]
+    return ["", f"Not measured: {', '.join(names)}."] if names else []
+
+
 def markdown(results):
     summary = results["summary"]
+    asked = max(row.get("asked", 0) for row in summary)
     lines = [
         "# Adapted to SPEED: the tables",
         "",
@@ -329,9 +340,9 @@ def markdown(results):
         "",
         "## Look-ups found",
         "",
-        "136 questions of `study/adapt_eval.json` and the 30 look-ups of `study/questions.json`, answers of at most 20 "
-        "tokens. *of its full depth*: right answers at K for each right answer of the same model at full depth. Prompt "
-        "work: share of full depth's.",
+        f"Up to {asked} of 166, in a random order that is the same for all models: 136 are from "
+        "`study/adapt_eval.json`, 30 from `study/questions.json`. Answers of at most 20 tokens. *of its full depth*: "
+        "right answers at K for each right answer of the same model at full depth. Prompt work: share of full depth's.",
         "",
     ]
     rows = [
@@ -343,21 +354,31 @@ def markdown(results):
     ]
     columns = ["model", "K", "prompt work", "found", "found, %", "of its full depth, %", *(f"{f}.json" for f in FILES)]
     lines += common.table(columns, rows)
-    text = "{} chats of `study/questions.json`, answers of at most {} tokens."
-    text = text.format(CHATS, results["settings"]["n"])
+    lines += missing(results, "asked")
+    text = "Chats of `study/questions.json`, answers of at most {} tokens."
+    text = text.format(results["settings"]["n"])
     lines += ["", "## Beside its own full depth", "", f"{text} Each K is fed the same model's full-depth answer.", ""]
     talked = [row for row in summary if "same" in row and row["spec"] != "full"]
     rows = [
-        [row["model"], k_of(row), row["tokens"], cell(row, "same", ".1f"), cell(row, "kl", ".3f")] for row in talked
+        [row["model"], k_of(row), row["chats"], row["tokens"], cell(row, "same", ".1f"), cell(row, "kl", ".3f")]
+        for row in talked
     ]
-    lines += common.table(["model", "K", "tokens", "same top-1, %", "KL, nats a token"], rows)
+    lines += common.table(["model", "K", "chats", "tokens", "same top-1, %", "KL, nats a token"], rows)
+    lines += missing(results, "same")
     lines += ["", "## Full depth beside stock's full depth", "", "The same chats; stock's answers are fed to all.", ""]
     rows = [
-        [row["model"], row["drift"]["tokens"], cell(row["drift"], "kl", ".4f"), cell(row["drift"], "same", ".1f")]
+        [
+            row["model"],
+            row["drift"]["chats"],
+            row["drift"]["tokens"],
+            cell(row["drift"], "kl", ".4f"),
+            cell(row["drift"], "same", ".1f"),
+        ]
         for row in summary
         if "drift" in row
     ]
-    lines += common.table(["model", "tokens", "KL, nats a token", "same top-1, %"], rows)
+    lines += common.table(["model", "chats", "tokens", "KL, nats a token", "same top-1, %"], rows)
+    lines += missing(results, "drift", but="stock")
     return "\n".join(lines) + "\n"
 
 
@@ -406,10 +427,10 @@ def plot_looks(results, path):
     """The strongest look at the right word, by layer, a line a model."""
     fig, ax = common.subplots(figsize=(7.4, 3.2))
     roles = {row["model"]: row["role"] for row in results["summary"]}
-    for name, mean in results["looks"]["mean"].items():
-        style = STYLES[roles[name]]
-        ax.plot(range(len(mean)), mean, color=style.color, marker=style.marker, ls=style.dash, ms=4, label=roles[name])
-    ax.set_ylim(0, 1)
+    for name, of in results["looks"].items():
+        style, label = STYLES[roles[name]], f"{roles[name]}, {of['questions']} right answers"
+        ax.plot(range(LAYERS), of["mean"], color=style.color, marker=style.marker, ls=style.dash, ms=4, label=label)
+    ax.set_ylim(0, 1.05)
     ax.set_xlabel("layer (from 0)")
     ax.set_ylabel("strongest weight")
     ax.legend(loc="upper left")
