@@ -248,6 +248,9 @@ class Model {
 
   // Writes the file anew with this entry in its metadata, all else the same. This model goes on with the old file.
   void write_metadata(const std::string& key, const std::string& value) const {
+    if (destination_of(path_).in_place)
+      throw Error(2, path_, "stands for an open file, which cannot be written while it is read",
+                  "name the file itself");
     const uint8_t* p = file_->data();
     uint64_t length = 0;
     for (int i = 7; i >= 0; --i) length = length << 8 | p[i];
@@ -304,7 +307,8 @@ class Model {
         !j["bos"].is_boolean())
       fail("tuned: " + j.dump());
     const auto method = find_policy(j["policy"].get<std::string>());
-    if (!method || !info(*method).takes_k) fail("tuned: a policy without K, " + j["policy"].dump());
+    if (!method || !info(*method).takes_k || info(*method).takes_group)
+      fail("tuned: no policy that takes any K, " + j["policy"].dump());
     config.tuned = {*method, int(whole(j, "k", 1, config.shape.n_layers)), j["bos"].get<bool>()};
   }
 

@@ -98,6 +98,8 @@ class OutputFile {
       if (std::filesystem::is_directory(to_.path, none)) errno = EISDIR;
       else if (none == std::errc::too_many_symbolic_link_levels) errno = none.value();
       else file_ = std::fopen(temporary_.c_str(), "wb");
+      struct stat there {};  // who may read it stays as it was
+      if (file_ && ::stat(to_.path.c_str(), &there) == 0) ::fchmod(::fileno(file_), there.st_mode & 0777);
     }
     if (!file_) {
       forget();

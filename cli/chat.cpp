@@ -16,6 +16,10 @@ class Conversation {
  public:
   Conversation(const Options& o, const Model& model, B& backend)
       : o_(o), model_(model), chat_(chat_template(model)), backend_(backend), policy_(make_policy(o, model)) {
+    if (o.auto_k) {  // from here on as if it had been named: commands change it
+      o_.auto_k = false, o_.policy = name(policy_.method), o_.k = policy_.k;
+      if (info(policy_.method).takes_bos) o_.bos = policy_.bos;
+    }
     context_ = context_for(o, model.config, 0, std::min<size_t>(4096, size_t(model.config.context)));
     if (o.has_prompt && o.prompt.empty()) throw Error(2, "-p", "it is empty", "give some text, or leave it out");
     note_what_to_expect();

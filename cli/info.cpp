@@ -53,6 +53,9 @@ int run_info(const Options& o, json&) {
       trained += (trained.empty() ? "" : ", ") + std::string(name(a.method)) +
                  (a.k ? " K=" + std::to_string(a.k) : " at any K") + (a.bos ? "" : " no BoS");
     line("trained for", trained.empty() ? "full" : trained);
+    if (c.tuned)
+      line("tuned", c.tuned->k,
+           std::string(name(c.tuned->method)) + " K=" + std::to_string(c.tuned->k) + (c.tuned->bos ? "" : " no BoS"));
     if (c.swiftkv_k)
       line("SwiftKV", c.swiftkv_k,
            "from layer " + std::to_string(c.swiftkv_k) + ", " + std::to_string(c.swiftkv_group) + " layers a cache" +

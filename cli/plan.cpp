@@ -14,12 +14,20 @@ struct Planned {
   uint64_t prefill, step, cache, weights, read;
 };
 
+static uint64_t times(uint64_t batch, uint64_t one) {
+  uint64_t all = 0;
+  if (__builtin_mul_overflow(batch, one, &all))
+    throw Error(2, "--batch " + std::to_string(batch), "the count does not fit in 64 bits",
+                "use fewer requests or shorter ones");
+  return all;
+}
+
 static Planned plan(const Shape& s, const Policy& p, uint64_t N, uint64_t T, uint64_t G, const Options& o) {
   const Cost cost{s, p};
   const uint64_t batch = uint64_t(o.batch), weights = cost.weight_bytes(o.weight_bytes);
   const uint64_t slots = cost.decode_read_bytes(N, T, o.kv_bytes, o.weight_bytes) - weights;
-  return {batch * cost.prefill_flops(N, T), batch * cost.decode_flops(N, T),
-          batch * cost.kv_bytes(N - T, T + G, o.kv_bytes), weights, weights + batch * slots};
+  return {times(batch, cost.prefill_flops(N, T)), times(batch, cost.decode_flops(N, T)),
+          times(batch, cost.kv_bytes(N - T, T + G, o.kv_bytes)), weights, weights + times(batch, slots)};
 }
 
 // The last lines: what the policy saves, and how much faster that makes it where work and bytes alone decide.

@@ -141,7 +141,7 @@ static std::vector<std::string> parts_of(const std::string& list) {
 
 Options with_policy(const Options& o, const std::string& spec, const std::string& flag) {
   Options v = o;
-  v.policy = v.keep = std::nullopt, v.k = v.every = std::nullopt, v.bos = std::nullopt;
+  v.policy = v.keep = std::nullopt, v.k = v.every = std::nullopt, v.bos = std::nullopt, v.auto_k = false;
   std::istringstream in(spec);
   bool known = true;
   for (std::string word; std::getline(in, word, ':');) {

@@ -1,6 +1,7 @@
 // program.cpp - from the command line to a mode and an exit code: signals, libraries, run records, errors.
 #include <sys/resource.h>
 
+#include <array>
 #include <csignal>
 #include <iostream>
 
@@ -82,8 +83,22 @@ static void set_up_libraries(char** argv) {
 static int run(int argc, char** argv) {
   const std::optional<Options> o = read_options(argc, argv);
   if (!o) return 0;
-  for (const std::string& path : {o->record, o->out, o->dump, o->html, o->svg})
-    if (!path.empty()) require_writable(path);
+  const std::array outputs = {o->record, o->out, o->dump, o->html, o->svg};
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (outputs[i].empty()) continue;
+    require_writable(outputs[i]);
+    const Destination to = destination_of(outputs[i]);
+    auto same = [&](const std::string& other) {
+      std::error_code none;
+      return !other.empty() &&
+             (to.path == destination_of(other).path || std::filesystem::equivalent(to.path, other, none));
+    };
+    if (to.in_place) continue;
+    for (const std::string& input : {model_path(*o), o->file, o->tokens_file})
+      if (same(input)) throw Error(2, outputs[i], "is read by this run", "write to another file");
+    for (size_t j = 0; j < i; ++j)
+      if (same(outputs[j])) throw Error(2, outputs[i], "is written twice", "give each output a file of its own");
+  }
   json record;
   int code = 0;
   for (const Mode& mode : modes)

@@ -40,7 +40,9 @@ static bool piped_in(bool now) {
   if (S_ISREG(in.st_mode)) return true;
   if (!S_ISFIFO(in.st_mode) && (now || !S_ISSOCK(in.st_mode))) return false;
   pollfd one{0, POLLIN, 0};
-  return !now || ::poll(&one, 1, 1000) > 0;
+  if (!now || ::poll(&one, 1, 1000) > 0) return true;
+  note("standard input is a pipe that says nothing yet; it is left out: add - to wait for it");
+  return false;
 }
 
 bool has_text(const Options& o) { return o.has_prompt || !o.file.empty(); }
@@ -131,18 +133,18 @@ static std::string model_named(const Options& o) {
 
 bool uses_bundled_model(const Options& o) { return o.shape.empty() && model_named(o).empty(); }
 
-static std::string model_path(const Options& o) {
+std::string model_path(const Options& o) {
   if (!uses_bundled_model(o)) return model_named(o);
   const auto bundled = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "models" / "small.safetensors";
-  if (!std::filesystem::exists(bundled))
-    throw Error(2, "-m", "no model given, and none is bundled with this program", "add -m FILE");
-  return bundled.string();
+  return std::filesystem::exists(bundled) ? bundled.string() : "";
 }
 
 Model load(const Options& o) {
   if (!o.model.empty() && !o.shape.empty()) throw Error(2, "-m, --shape", "both given", "use one of them");
   for (auto& s : known_shapes())
     if (s.name == o.shape) return Model(s, false);
+  if (model_path(o).empty())
+    throw Error(2, "-m", "no model given, and none is bundled with this program", "add -m FILE");
   return Model(model_path(o));
 }
 

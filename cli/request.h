@@ -45,6 +45,9 @@ std::vector<int> stop_ids(const Model& model, bool chat);
 // The model's chat template. Throws Error 2 where it has none.
 const ChatTemplate& chat_template(const Model& model);
 
+// The file of the model that load() would read; empty where there is none.
+std::string model_path(const Options& o);
+
 // Whether no model was named, so that the bundled one runs.
 bool uses_bundled_model(const Options& o);
 

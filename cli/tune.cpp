@@ -68,6 +68,7 @@ std::string plot(const std::vector<Candidate>& all, const Bound& bound, int n_la
     const Estimate kl = estimate(c.kl, c.tokens);
     if (kl.mean > 0) least = std::min(least, kl.mean), most = std::max(most, kl.high);
   }
+  least = std::max(least, 1e-6);  // below it all is zero to the eye
   const double low = std::floor(std::log10(least)), high = std::max(low + 1, std::ceil(std::log10(most)));
   auto x = [&](int k) { return fixed(left + (right - left) * (k - 0.5) / n_layers, 1); };
   auto y = [&](double kl) {
@@ -106,6 +107,8 @@ std::string plot(const std::vector<Candidate>& all, const Bound& bound, int n_la
 std::vector<std::vector<Candidate>> candidates(const Options& o, const Model& model) {
   Options each = o;
   if (!each.policy) each.policy = "speed";
+  if (each.policy->find_first_of("0123456789") != std::string::npos)
+    throw Error(2, "--policy " + *each.policy, "tune chooses K itself", "leave the number out");
   std::vector<std::vector<Candidate>> all;
   for (const Policy& p : listed_policies(each, model)) {
     if (p.method != Method::speed && p.method != Method::pop)

@@ -537,6 +537,7 @@ TEST_CASE("plan", "[cli]") {
   refused("plan --shape llama-3.2-1b --policy full --k 3", 2, "--k");
   refused("plan --shape llama-3.2-1b --policy speed:x", 2, "speed:x");
   refused("plan --shape llama-3.2-1b --ctx ''", 2, "empty");
+  refused("plan --shape llama-3.1-70b --ctx 1048576 --batch 65536", 2, "64 bits");
   refused("plan --shape llama-3.2-1b --ctx 10,,20", 2, "comma");
   refused("plan", 2, "neither given");
   refused("plan --shape llama-9", 2, "llama-9");
@@ -786,6 +787,17 @@ TEST_CASE("what a link points to is written, and the link stays", "[cli]") {
   CHECK(fs::is_symlink("/dev/stdout"));
   CHECK(shell("SPEED logits" + on_tied + "--tokens 269,1 --out - | head -c 6").out == "\x93NUMPY");
   CHECK(std::distance(fs::directory_iterator(scratch.path), {}) == 6);  // nothing unfinished is left
+  // What a run reads it does not write over, nor one output over another.
+  fs::copy("tests/golden/tied.safetensors", scratch / "m");
+  std::ofstream(scratch / "text") << "hi";
+  const std::string copied = "-m " + (scratch / "m") + " -f " + (scratch / "text") + " -n 1 --record ";
+  refused(copied + (scratch / "m"), 2, "is read by this run");
+  refused(copied + (scratch / "text"), 2, "is read by this run");
+  refused("logits" + on_tied + "--tokens 269,1 --out " + (scratch / "x") + " --record " + (scratch / "x"), 2,
+          "written twice");
+  fs::permissions(scratch / "real", fs::perms::owner_read | fs::perms::owner_write);
+  CHECK(speed_(run + (scratch / "real")).code == 0);
+  CHECK(fs::status(scratch / "real").permissions() == (fs::perms::owner_read | fs::perms::owner_write));
   fs::create_symlink("round", scratch / "round");
   refused(run + (scratch / "round"), 1, "cannot be written");
 }
@@ -853,6 +865,13 @@ TEST_CASE("tune finds the smallest K that keeps a bound, and --k auto uses it", 
   refused("-m models/small.safetensors -p hi --k auto", 2, "no K was chosen");
   refused("-m " + copy + " -p hi --k auto --no-bos", 2, "brings its own policy");
   refused("bench" + on_tied + "--k auto", 2, "takes numbers");
+  refused("tune" + on + "--policy speed:3", 2, "leave the number out");
+  CHECK(speed_("info -m " + copy).out.find("speed K=7") != std::string::npos);
+  CHECK(speed_("tune" + on + "--max-kl 0 --svg " + (scratch / "zero.svg")).code == 0);  // a logarithm has no 0
+  CHECK(read_file(scratch / "zero.svg").size() < 20000);
+  const Ran changed = shell("printf 'hi\\n/k 3\\n/policy pop:5\\n' | SPEED chat -n 2 --k auto -m " + copy);
+  CHECK(changed.err.find("speed K=3") != std::string::npos);
+  CHECK(changed.err.find("pop K=5") != std::string::npos);
 }
 
 TEST_CASE("completion knows the modes and their flags", "[cli]") {
