@@ -29,4 +29,5 @@ int program(int argc, char** argv);
 #include "trace.cpp"
 #include "trace_document.cpp"
 #include "trace_html.cpp"
+#include "tune.cpp"
 #endif
