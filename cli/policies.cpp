@@ -49,7 +49,8 @@ Policy make_policy(const Options& o, const Model& model) {
   const Config& c = model.config;
   const bool has_weights = model.has_file();
   const int L = c.shape.n_layers;
-  std::optional<Method> method = o.policy ? find_policy(*o.policy) : std::nullopt;
+  bool named = o.policy.has_value();
+  Method method = named ? find_policy(*o.policy).value_or(Method::full) : Method::full;
   Policy p = full_depth(L);
   if (o.auto_k) {
     if (!c.tuned)
@@ -64,10 +65,11 @@ Policy make_policy(const Options& o, const Model& model) {
       std::all_of(c.adapted.begin(), c.adapted.end(), [&](auto& a) { return a.method == c.adapted[0].method; }))
     trained = c.adapted[0].method;
   const Adaptation* one = c.adapted.size() == 1 && c.adapted[0].k ? &c.adapted[0] : nullptr;
-  if (!method && o.k) method = trained && info(*trained).takes_k ? *trained : Method::speed;
-  if (!method && (o.keep || o.every)) method = Method::share;
-  if (!method && one && !info(one->method).takes_kept) method = one->method;
-  p.method = method.value_or(Method::full);
+  auto choose = [&](Method m) { method = m, named = true; };
+  if (!named && o.k) choose(trained && info(*trained).takes_k ? *trained : Method::speed);
+  if (!named && (o.keep || o.every)) choose(Method::share);
+  if (!named && one && !info(one->method).takes_kept) choose(one->method);
+  p.method = method;
   const PolicyInfo& takes = info(p.method);
   if (one && one->method == p.method) p.bos = one->bos;
 
