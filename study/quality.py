@@ -380,7 +380,7 @@ def main():
         if not path.exists():
             common.fail(f"{path}: no such file; {hint}")
     speed = Speed(a.speed, model)
-    info = {r["what"]: r["value"] for r in speed.rows("info")}
+    info = json.loads(speed.run("info", "-o", "json"))
     specs = a.policies.split(",") if a.policies else default_policies(info["layers"])
     questions = story_questions(40, 1) if a.small else written_questions(a.questions)
     for q in questions:
