@@ -251,18 +251,11 @@ class Model {
     if (destination_of(path_).in_place)
       throw Error(2, path_, "stands for an open file, which cannot be written while it is read",
                   "name the file itself");
-    const uint8_t* p = file_->data();
-    uint64_t length = 0;
-    for (int i = 7; i >= 0; --i) length = length << 8 | p[i];
-    json header = parse_json({reinterpret_cast<const char*>(p) + 8, length}, path_, hint_);
+    json header = container_->header();
     header["__metadata__"][key] = value;
-    std::string text = header.dump();
-    text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');  // tensors stay aligned
     OutputFile out(path_);
-    const uint64_t bytes = text.size();
-    out.write(&bytes, 8);
-    out.write(text);
-    out.write(p + 8 + length, file_->size() - 8 - length);
+    out.write(safetensors_begin(header));
+    out.write(container_->data().data(), container_->data().size());
     out.finish();
   }
   // Unique in this process, unlike an address, which a later model may reuse.
@@ -302,14 +295,18 @@ class Model {
     return j[key];
   }
 
+  Adaptation read_adaptation(const json& a, const std::string& what) const {
+    if (!a.is_object() || !a.contains("policy") || !a["policy"].is_string() || !a.contains("k"))
+      fail(what + ": " + a.dump());
+    const std::optional<Method> m = find_policy(a["policy"]);
+    if (!m) fail(what + ": unknown policy " + a["policy"].dump());
+    return {*m, a["k"].is_null() ? 0 : int(whole(a, "k", 1, config.shape.n_layers)), flag(a, "bos")};
+  }
+
   void read_tuned(const json& j) {
-    if (!j.is_object() || !j.contains("policy") || !j["policy"].is_string() || !j.contains("bos") ||
-        !j["bos"].is_boolean())
-      fail("tuned: " + j.dump());
-    const auto method = find_policy(j["policy"].get<std::string>());
-    if (!method || !info(*method).takes_k || info(*method).takes_group)
-      fail("tuned: no policy that takes any K, " + j["policy"].dump());
-    config.tuned = {*method, int(whole(j, "k", 1, config.shape.n_layers)), j["bos"].get<bool>()};
+    config.tuned = read_adaptation(j, "tuned");
+    const PolicyInfo& takes = info(config.tuned->method);
+    if (!takes.takes_k || takes.takes_group || !config.tuned->k) fail("tuned: no policy at a K, " + j.dump());
   }
 
   void read_config(const json& j) {
@@ -364,13 +361,7 @@ class Model {
       config.original_projections = flag(w, "original_projections");
     }
     if (!j.contains("adapted") || !j["adapted"].is_array()) fail("config adapted is not a list");
-    for (auto& a : j["adapted"]) {
-      if (!a.is_object() || !a.contains("policy") || !a["policy"].is_string() || !a.contains("k"))
-        fail("config adapted: " + a.dump());
-      const std::optional<Method> m = find_policy(a["policy"]);
-      if (!m) fail("config adapted: unknown policy " + a["policy"].dump());
-      config.adapted.push_back({*m, a["k"].is_null() ? 0 : int(whole(a, "k", 1, s.n_layers)), flag(a, "bos")});
-    }
+    for (auto& a : j["adapted"]) config.adapted.push_back(read_adaptation(a, "config adapted"));
   }
 
   void read_tokenizer(uint64_t V) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <map>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +14,16 @@
 #include "json.h"
 
 namespace speed {
+
+// What a .safetensors file begins with: the header's length in 8 bytes, and the header, with blanks up to where tensors
+// are aligned to 64 bytes.
+inline std::string safetensors_begin(const json& header) {
+  std::string text = header.dump();
+  text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');
+  std::string length(8, '\0');
+  for (size_t i = 0; i < 8; ++i) length[i] = char(text.size() >> 8 * i & 255);
+  return length + text;
+}
 
 // A safetensors container: 8 bytes header length, a JSON header, then the tensors one after the other.
 class SafeTensors {
@@ -30,11 +41,12 @@ class SafeTensors {
     for (int i = 7; i >= 0; --i) header = header << 8 | f.data()[i];
     if (header > f.size() - 8 || header > 100'000'000)
       fail("header of " + std::to_string(header) + " bytes in a file of " + std::to_string(f.size()));
-    json j = parse_json({reinterpret_cast<const char*>(f.data()) + 8, header}, path_, hint_);
-    if (!j.is_object()) fail("header is not a JSON object");
-    const uint64_t total = f.size() - 8 - header;
+    header_ = parse_json({reinterpret_cast<const char*>(f.data()) + 8, header}, path_, hint_);
+    if (!header_.is_object()) fail("header is not a JSON object");
+    data_ = {f.data() + 8 + header, f.size() - 8 - header};
+    const uint64_t total = data_.size();
     std::vector<std::pair<uint64_t, uint64_t>> ranges;
-    for (auto& [key, t] : j.items()) {
+    for (auto& [key, t] : header_.items()) {
       if (key == "__metadata__") {
         if (!t.is_object()) fail("__metadata__ is not an object");
         for (auto& [k, v] : t.items()) {
@@ -43,7 +55,7 @@ class SafeTensors {
         }
         continue;
       }
-      tensors_[key] = read_entry(key, t, f.data() + 8 + header, total, ranges);
+      tensors_[key] = read_entry(key, t, data_.data(), total, ranges);
     }
     std::sort(ranges.begin(), ranges.end());
     uint64_t end = 0;
@@ -55,6 +67,8 @@ class SafeTensors {
     if (end != total) fail("tensors end at " + std::to_string(end) + ", the file's data at " + std::to_string(total));
   }
 
+  const json& header() const { return header_; }
+  std::span<const uint8_t> data() const { return data_; }  // of all tensors
   const std::map<std::string, Tensor>& tensors() const { return tensors_; }
 
   const std::string& metadata(const std::string& key) const {
@@ -120,6 +134,8 @@ class SafeTensors {
   std::string path_;
   const std::string hint_ = "export the checkpoint again with export_weights.py";
   std::map<std::string, Tensor> tensors_;
+  json header_;
+  std::span<const uint8_t> data_;
   std::map<std::string, std::string> metadata_;
 };
 

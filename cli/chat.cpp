@@ -118,7 +118,7 @@ class Conversation {
       int k = 0;
       const char* end = value.data() + value.size();
       if (auto [p, e] = std::from_chars(value.data(), end, k); e != std::errc() || p != end || k < 1 || k > L)
-        throw Error(2, line, "K is a number " + range, "try /k " + std::to_string((4 * L + 4) / 5));
+        throw Error(2, line, "K is a number " + range, "try /k " + std::to_string(default_speed_k(L)));
       // Without a K: full depth where nobody asked for it gives way, as to --k. A policy that was asked for does not.
       if (!takes.takes_k && (o_.policy || o_.keep || o_.every))
         throw Error(2, line, std::string("policy ") + takes.name + " has no K", "use /policy speed:" + value);

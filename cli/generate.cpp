@@ -130,7 +130,7 @@ int generate_text(const Options& o, json& record, const Model& model, B& backend
     all["text"] = text;
     all["model"] = model_record(model);
     all["date"] = now();
-    std::cout << all.dump(2, ' ', false, json::error_handler_t::replace);
+    std::cout << indented(all);
   }
   std::cout << std::endl;
   print_summary(policy, r, split, a, size_t(o.n));

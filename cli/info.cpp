@@ -48,14 +48,13 @@ int run_info(const Options& o, json&) {
                               std::to_string(c.rope_scaling->original_context) + " tokens"
          : model.weights.rope_divisors ? "divisors in the file"
                                        : "none");
+    auto in_words = [](const Adaptation& a) {
+      return std::string(name(a.method)) + (a.k ? " K=" + std::to_string(a.k) : " at any K") + (a.bos ? "" : " no BoS");
+    };
     std::string trained;
-    for (auto& a : c.adapted)
-      trained += (trained.empty() ? "" : ", ") + std::string(name(a.method)) +
-                 (a.k ? " K=" + std::to_string(a.k) : " at any K") + (a.bos ? "" : " no BoS");
+    for (auto& a : c.adapted) trained += (trained.empty() ? "" : ", ") + in_words(a);
     line("trained for", trained.empty() ? "full" : trained);
-    if (c.tuned)
-      line("tuned", c.tuned->k,
-           std::string(name(c.tuned->method)) + " K=" + std::to_string(c.tuned->k) + (c.tuned->bos ? "" : " no BoS"));
+    if (c.tuned) line("tuned", c.tuned->k, in_words(*c.tuned));
     if (c.swiftkv_k)
       line("SwiftKV", c.swiftkv_k,
            "from layer " + std::to_string(c.swiftkv_k) + ", " + std::to_string(c.swiftkv_group) + " layers a cache" +
@@ -64,7 +63,7 @@ int run_info(const Options& o, json&) {
     const uint64_t kv_bytes = Cost{s, full}.kv_bytes(1, 0, sizeof(Cpu::CacheValue));
     line("KV cache a token", kv_bytes, bytes_text(double(kv_bytes)));
   }
-  if (o.format == "json") std::cout << all.dump(2, ' ', false, json::error_handler_t::replace) << "\n";
+  if (o.format == "json") std::cout << indented(all) << "\n";
   else table.print(std::cout, o.format);
   return 0;
 }

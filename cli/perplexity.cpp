@@ -34,7 +34,7 @@ Table quality_table(const std::vector<Policy>& policies, const std::vector<std::
                {one ? json() : json(q.ppl_stderr), one ? "-" : fixed(q.ppl_stderr, 3)},
                {q.kl_mean, fixed(q.kl_mean, 4)},
                {q.kl_p99, fixed(q.kl_p99, 4)},
-               {q.same_top1, fixed(100 * q.same_top1, 1) + " %"},
+               {q.same_top1, percent(q.same_top1)},
                {work[j].prefill_flops, flops_text(double(work[j].prefill_flops))},
                {work[j].kv_bytes, bytes_text(double(work[j].kv_bytes))}});
   }

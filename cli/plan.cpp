@@ -12,6 +12,9 @@ namespace speed {
 // The requests share the reading of weights, and nothing else.
 struct Planned {
   uint64_t prefill, step, cache, weights, read;
+  // How many times as fast as `full` the first token and later ones come, where work and bytes alone decide.
+  double first(const Planned& full) const { return double(full.prefill) / double(prefill); }
+  double later(const Planned& full) const { return double(full.read) / double(read); }
 };
 
 static uint64_t times(uint64_t batch, uint64_t one) {
@@ -30,10 +33,10 @@ static Planned plan(const Shape& s, const Policy& p, uint64_t N, uint64_t T, uin
           times(batch, cost.kv_bytes(N - T, T + G, o.kv_bytes)), weights, weights + times(batch, slots)};
 }
 
-// The last lines: what the policy saves, and how much faster that makes it where work and bytes alone decide.
+// The last lines: what the policy saves, and how much faster that makes it.
 static void print_saved(const Planned& full, const Planned& p, const std::string& name) {
   auto less = [](uint64_t a, uint64_t b) { return percent(1 - double(b) / double(a)); };
-  const double first = double(full.prefill) / double(p.prefill), later = double(full.read) / double(p.read);
+  const double first = p.first(full), later = p.later(full);
   std::cout << "\n"
             << name << " saves " << less(full.prefill, p.prefill) << " of the prefill, " << less(full.cache, p.cache)
             << " of the cache, " << less(full.read, p.read) << " of what a step reads.\n"
@@ -72,16 +75,17 @@ int run_plan(const Options& o, json& record) {
   const std::vector<int> lengths = read_numbers(o.ctx, "--ctx");
   if (lengths.empty()) throw Error(2, "--ctx", "it is empty", "give a length, or several as 2048,8192");
   const uint64_t T = o.tail, G = o.new_tokens;
+  std::vector<Planned> planned;  // for the last length, a policy each
   for (int length : lengths) {
     if (length < 1) throw Error(2, "--ctx 0", "a prompt has one token or more", "give lengths from 1");
     if (o.tail > length || (o.tail == length && length > 1))
       throw Error(2, "--tail " + std::to_string(o.tail), "the prompt has " + counted(size_t(length), "token"),
                   "use a smaller --tail");
     const uint64_t N = uint64_t(length);
-    const Planned full = plan(s, policies[0], N, T, G, o);
+    planned.clear();
     for (const Policy& p : policies) {
-      const Planned c = plan(s, p, N, T, G, o);
-      const double first = double(full.prefill) / double(c.prefill), later = double(full.read) / double(c.read);
+      const Planned& c = planned.emplace_back(plan(s, p, N, T, G, o));
+      const double first = c.first(planned[0]), later = c.later(planned[0]);
       table.row({name(p.method),
                  p.k,
                  bos_of(p),
@@ -106,10 +110,8 @@ int run_plan(const Options& o, json& record) {
               << "; first and later tokens: times as fast as full depth\n\n";
   table.print(std::cout, o.format);
   if (o.format == "text" && lengths.size() == 1)
-    for (const Policy& p : policies)
-      if (!p.is_full())
-        print_saved(plan(s, policies[0], uint64_t(lengths[0]), T, G, o), plan(s, p, uint64_t(lengths[0]), T, G, o),
-                    describe(p));
+    for (size_t i = 0; i < policies.size(); ++i)
+      if (!policies[i].is_full()) print_saved(planned[0], planned[i], describe(policies[i]));
   record["results"] = table.rows_as_json();
   return 0;
 }

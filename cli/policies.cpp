@@ -91,7 +91,7 @@ Policy make_policy(const Options& o, const Model& model) {
 
   switch (p.method) {  // the default K: the file's own, else what each paper proposes
     case Method::full: break;
-    case Method::speed: p.k = o.k.value_or(one && one->method == Method::speed ? one->k : (4 * L + 4) / 5); break;
+    case Method::speed: p.k = o.k.value_or(one && one->method == Method::speed ? one->k : default_speed_k(L)); break;
     case Method::pop: p.k = o.k.value_or(L - L / 3); break;
     case Method::swiftkv:
       p.k = o.k.value_or(c.swiftkv_k ? c.swiftkv_k : std::max(1, 3 * L / 4));

@@ -17,6 +17,9 @@ Policy make_policy(const Options& o, const Model& model);
 // `flag` is named where it is no policy.
 Options with_policy(const Options& o, const std::string& spec, const std::string& flag);
 
+// The K of speed where neither the user nor the file says one.
+inline int default_speed_k(int n_layers) { return (4 * n_layers + 4) / 5; }
+
 // Full depth, and the policies of --compare, or, where its list is empty, the one the policy flags name.
 std::vector<Policy> compared_policies(const Options& o, const Model& model);
 

@@ -59,7 +59,7 @@ static void write_record(const Options& o, int argc, char** argv, json record) {
   record["peak_bytes"] = uint64_t(usage.ru_maxrss) * 1024;
   std::cout.flush();  // the record may go there too
   OutputFile out(o.record);
-  out.write(record.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
+  out.write(indented(record) + "\n");
   out.finish();
 }
 

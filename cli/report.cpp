@@ -69,6 +69,7 @@ void release_notes() {
 std::string counted(size_t n, const std::string& thing) {
   return std::to_string(n) + " " + thing + (n == 1 ? "" : "s");
 }
+std::string indented(const json& value) { return value.dump(2, ' ', false, json::error_handler_t::replace); }
 std::string percent(double share) {
   std::string s = fixed(100 * share, 1);
   if (s == "-0.0") s.erase(0, 1);

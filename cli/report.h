@@ -27,6 +27,7 @@ void note(const std::string& text);
 void release_notes();
 
 std::string counted(size_t n, const std::string& thing);  // "1 token", "2 tokens"
+std::string indented(const json& value);                  // as text; bytes that are no UTF-8 become U+FFFD
 std::string percent(double share);                        // 0.258 -> "25.8 %"; never "-0.0 %"
 
 // A table for people (text, md) and programs (csv, json): every cell is a value and how it is shown.

@@ -17,12 +17,8 @@ static void write_hidden_states(const std::string& path, const std::vector<std::
     header["layer." + std::to_string(l)] = {{"dtype", "F32"}, {"shape", {rows, d}}, {"data_offsets", {at, at + bytes}}};
     at += bytes;
   }
-  std::string text = header.dump();
-  text.resize((8 + text.size() + 63) / 64 * 64 - 8, ' ');
   OutputFile out(path);
-  const uint64_t length = text.size();
-  out.write(&length, 8);
-  out.write(text);
+  out.write(safetensors_begin(header));
   for (auto& s : states) out.write(s.data(), s.size() * sizeof(float));
   out.finish();
 }
@@ -132,7 +128,7 @@ static Table table_of(const std::vector<Traced>& traced, bool with_times) {
 // Within 80 columns. The last layer comes first, as in the picture in speed.cu.
 
 static std::string percent(uint64_t part, uint64_t whole) {
-  return whole ? fixed(100 * double(part) / double(whole), 1) + " %" : "-";
+  return whole ? percent(double(part) / double(whole)) : "-";
 }
 
 // "5-7", the layers [first, last].

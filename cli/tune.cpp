@@ -31,30 +31,32 @@ struct Bound {
   }
 };
 
-// One K under one policy. Sums are a piece each.
-struct Candidate {
-  Policy policy;
-  std::vector<double> kl, misses, tokens = {};
-  bool given_up = false;
-  static double sum(const std::vector<double>& v) { return std::accumulate(v.begin(), v.end(), 0.0); }
-};
+double sum(const std::vector<double>& v) { return std::accumulate(v.begin(), v.end(), 0.0); }
 
 struct Estimate {
-  double mean, low, high;
+  double mean = 0, low = 0, high = 0;
+};
+
+// One K under one policy.
+struct Candidate {
+  Policy policy;
+  std::vector<double> kl_sums = {}, miss_sums = {}, tokens = {};  // a piece each
+  bool given_up = false;
+  Estimate kl = {}, miss = {};  // over tokens, once all pieces ran
 };
 
 // Mean over tokens of what the pieces sum up, and the middle 95 % of 2,000 resamples of the pieces, from a fixed seed.
 Estimate estimate(const std::vector<double>& sums, const std::vector<double>& tokens) {
-  const double mean = Candidate::sum(sums) / Candidate::sum(tokens);
+  const double mean = sum(sums) / sum(tokens);
   std::mt19937 random(1);
   std::vector<double> means(2000);
   for (double& m : means) {
-    double sum = 0, n = 0;
+    double drawn = 0, n = 0;
     for (size_t i = 0; i < sums.size(); ++i) {
       const size_t one = random() % sums.size();
-      sum += sums[one], n += tokens[one];
+      drawn += sums[one], n += tokens[one];
     }
-    m = sum / n;
+    m = drawn / n;
   }
   std::sort(means.begin(), means.end());
   return {mean, means[49], means[1950]};
@@ -64,10 +66,8 @@ Estimate estimate(const std::vector<double>& sums, const std::vector<double>& to
 std::string plot(const std::vector<Candidate>& all, const Bound& bound, int n_layers, const std::string& title) {
   const double left = 60, right = 620, top = 40, bottom = 320;
   double least = bound.max_kl.value_or(0.01), most = least;
-  for (const Candidate& c : all) {
-    const Estimate kl = estimate(c.kl, c.tokens);
-    if (kl.mean > 0) least = std::min(least, kl.mean), most = std::max(most, kl.high);
-  }
+  for (const Candidate& c : all)
+    if (c.kl.mean > 0) least = std::min(least, c.kl.mean), most = std::max(most, c.kl.high);
   least = std::max(least, 1e-6);  // below it all is zero to the eye
   const double low = std::floor(std::log10(least)), high = std::max(low + 1, std::ceil(std::log10(most)));
   auto x = [&](int k) { return fixed(left + (right - left) * (k - 0.5) / n_layers, 1); };
@@ -92,7 +92,7 @@ std::string plot(const std::vector<Candidate>& all, const Bound& bound, int n_la
       << "H620\" stroke=\"#d9822b\" stroke-dasharray=\"5 4\"/><text x=\"618\" y=\"" << y(*bound.max_kl)
       << "\" dy=\"-5\" text-anchor=\"end\" fill=\"#d9822b\">KL " << Bound::shortest(*bound.max_kl) << "</text>\n";
   for (const Candidate& c : all) {
-    const Estimate kl = estimate(c.kl, c.tokens);
+    const Estimate& kl = c.kl;
     const char* color = c.policy.method == Method::pop ? "#35a853" : "#1f8fe0";
     s << "<path d=\"M" << x(c.policy.k) << " " << y(kl.low) << "V" << y(kl.high) << "\" stroke=\"" << color
       << "\" stroke-width=\"2\" stroke-opacity=\".5\"/><circle cx=\"" << x(c.policy.k) << "\" cy=\"" << y(kl.mean)
@@ -117,7 +117,7 @@ std::vector<std::vector<Candidate>> candidates(const Options& o, const Model& mo
     for (int k = p.n_layers - 1; k >= 1; --k) {
       Policy one = p;
       one.k = k;
-      some.push_back({one, {}, {}});
+      some.push_back({one});
     }
     all.push_back(some);
   }
@@ -153,8 +153,8 @@ int tune(const Options& o, json& record, Model& model, B& backend) {
           const TokenScore s = score(full.row(t), own.row(t), vocab, tokens[t]);
           kl += s.kl, misses += !s.same_top1;
         }
-        one.kl.push_back(kl), one.misses.push_back(misses), one.tokens.push_back(double(piece.answer));
-        one.given_up = !bound.allows(Candidate::sum(one.kl), Candidate::sum(one.misses), all_tokens);
+        one.kl_sums.push_back(kl), one.miss_sums.push_back(misses), one.tokens.push_back(double(piece.answer));
+        one.given_up = !bound.allows(sum(one.kl_sums), sum(one.miss_sums), all_tokens);
         update(0.125 + 0.875 * double(one.policy.n_layers - one.policy.k) / one.policy.n_layers);
       }
   }
@@ -180,14 +180,15 @@ int tune(const Options& o, json& record, Model& model, B& backend) {
   const Work whole = work_of(c.shape, full, pieces, sizeof(typename B::CacheValue));
   std::vector<const Candidate*> chosen;
   std::vector<Candidate> shown;
-  for (const auto& list : lists) {
+  for (auto& list : lists) {
     const Candidate* best = nullptr;
-    for (const Candidate& one : list) {
-      if (one.kl.empty()) break;
+    for (Candidate& one : list) {
+      if (one.tokens.empty()) break;
       const bool keeps = !one.given_up;
       if (keeps) best = &one;
+      const Estimate &kl = one.kl = estimate(one.kl_sums, one.tokens),
+                     &miss = one.miss = estimate(one.miss_sums, one.tokens);
       shown.push_back(one);
-      const Estimate kl = estimate(one.kl, one.tokens), miss = estimate(one.misses, one.tokens);
       const Work w = work_of(c.shape, one.policy, pieces, sizeof(typename B::CacheValue));
       const double prefill = 1 - double(w.prefill_flops) / double(whole.prefill_flops),
                    cache = 1 - double(w.kv_bytes) / double(whole.kv_bytes);
@@ -206,13 +207,12 @@ int tune(const Options& o, json& record, Model& model, B& backend) {
                  {nullptr, interval(100 * (1 - miss.high), 100 * (1 - miss.low), 1)},
                  {prefill, percent(prefill)},
                  {cache, percent(cache)},
-                 one.kl.size(),
+                 one.tokens.size(),
                  {keeps, keeps ? "yes" : "no"}});
       if (!keeps) break;
     }
     if (best) chosen.push_back(best);
   }
-  std::cout << std::flush;
   if (o.format == "text")
     std::cout << c.shape.name << ": " << counted(size_t(all_tokens), "token") << " in "
               << counted(pieces.size(), "piece") << "; " << bound.text() << "\n\n";
@@ -232,9 +232,8 @@ int tune(const Options& o, json& record, Model& model, B& backend) {
   const Candidate* best = *std::max_element(chosen.begin(), chosen.end(), [&](auto* a, auto* b) {
     return Cost{c.shape, a->policy}.prefill_flops(256, 1) > Cost{c.shape, b->policy}.prefill_flops(256, 1);
   });
-  const Estimate kl = estimate(best->kl, best->tokens), miss = estimate(best->misses, best->tokens);
   if (pieces.size() < 2) note("one piece says nothing about how sure this is; give a longer text");
-  else if (!bound.allows(kl.high, miss.high, 1))
+  else if (!bound.allows(best->kl.high, best->miss.high, 1))
     note("the interval of " + describe(best->policy) + " reaches past the bound; a longer text would settle it");
   const std::string flags = std::string("--policy ") + name(best->policy.method) + " --k " +
                             std::to_string(best->policy.k) +

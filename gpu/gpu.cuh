@@ -337,7 +337,9 @@ class Gpu {
     void* need(size_t bytes) {
       if (bytes > size_) {
         host_free(std::exchange(data_, nullptr));
-        data_ = host_allocate(size_ = bytes);
+        size_ = 0;  // until there is memory of it
+        data_ = host_allocate(bytes);
+        size_ = bytes;
       }
       return data_;
     }
