@@ -42,7 +42,8 @@ static void print_saved(const Planned& full, const Planned& p, const std::string
             << " of the cache, " << less(full.read, p.read) << " of what a step reads.\n"
             << "First token: up to " << fixed(first, 2) << " times as fast, which papers call "
             << fixed(100 * (first - 1), 0) << " % better. Later tokens: " << fixed(later, 2) << " times.\n";
-  if (p.read >= full.read) std::cout << "Later tokens gain nothing: they read all that full depth reads.\n";
+  if (p.read - p.weights >= full.read - full.weights)
+    std::cout << "Later tokens gain nothing: they read every slot that full depth reads.\n";
   else if (later < 1.02)
     std::cout << "Later tokens gain nothing here: " << percent(double(full.weights) / double(full.read))
               << " of what a step reads are weights. Longer prompts and larger batches change that.\n";
