@@ -24,7 +24,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -214,27 +213,17 @@ def tasks(models, lookups, talk):
 
 def perform(planned, path, jobs, so_far):
     """What `path` holds of the tasks, and, unless so_far, what it did not hold. In their order."""
-    lines = quality.read_kept(path)
-    done = {row["key"]: row for row in map(json.loads, lines)}
-    if lines and not so_far:
-        path.write_bytes(b"".join(line + b"\n" for line in lines))  # without the half line of a run that was cut off
-    missing = [t for t in planned if t.key() not in done and not so_far]
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(t.run): t for t in missing}
-        try:
-            for count, future in enumerate(as_completed(running), start=1):
-                t = running[future]
-                row = dict(key=t.key(), model=t.model.name, part=t.part, question=common.digest(t.question)[:16])
-                row |= dict(kind=t.question["kind"]) | future.result()
-                done[t.key()] = row
-                with open(path, "a") as f:
-                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if sys.stderr.isatty():
-                    print(f"\r{count} of {len(missing)} questions  ", end="", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [done[t.key()] for t in planned if t.key() in done]
+
+    def work(task):
+        row = dict(model=task.model.name, part=task.part, question=common.digest(task.question)[:16])
+        return row | dict(kind=task.question["kind"]) | task.run()
+
+    def report(_, count, missing):
+        if sys.stderr.isatty():
+            print(f"\r{count} of {len(missing)} questions  ", end="", file=sys.stderr, flush=True)
+
+    done = common.resume(path, "key", {task.key(): task for task in planned}, work, jobs, so_far, report)
+    return [done[task.key()] for task in planned if task.key() in done]
 
 
 def joined(rows):

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +99,38 @@ class Policy:
     def line(self):
         """The name of its line in a plot and in a table."""
         return f"speed, BoS {'on' if self.bos else 'off'}" if self.method == "speed" else self.method
+
+
+# ---- work that can be cut off ----------------------------------------------------------------------------------------
+
+
+def resume(path, name, tasks, work, jobs, so_far, report):
+    """{key: row} of what `path` holds, and, unless so_far, of the tasks that it does not hold.
+
+    tasks: {key: task}, done in this order on `jobs` threads; work(task) gives the row, a dict. `path` gets each row as
+    a line of JSON as it comes, its key under `name`. So a run that was cut off, in the middle of a line too, goes on
+    from there. After each task report(key, count, missing) is called: it was number `count` of the `missing` keys.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    done = {row[name]: row for row in map(json.loads, lines)}
+    if lines and not so_far:
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    missing = [key for key in tasks if key not in done and not so_far]
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(work, tasks[key]): key for key in missing}
+        try:
+            for count, future in enumerate(as_completed(running), start=1):
+                key = running[future]
+                done[key] = {name: key, **future.result()}
+                with open(path, "a") as file:
+                    file.write(json.dumps(done[key]) + "\n")
+                report(key, count, missing)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if sys.stderr.isatty() and missing:
+        print("\r\033[K", end="", file=sys.stderr)
+    return done
 
 
 # ---- numbers and tables ----------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import re
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import common
@@ -131,50 +130,33 @@ def ask(speed, q, specs):
     return dict(out, seconds=round(time.monotonic() - began, 2), program=record["program"], device=record["device"])
 
 
-def read_kept(path):
-    """The complete lines of the file. A run that was cut off may have left half a line."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-
-
 def ask_all(speed, questions, specs, path, jobs, so_far):
     """The answers, in the order of `questions`. An answer that `path` holds is not asked for again. With so_far nothing
     is asked, and only the answers in `path` are returned."""
     ids = [common.digest(q)[:16] for q in questions]
-    kept = read_kept(path)
-    done = {r["id"]: r for r in map(json.loads, kept)}
-    if kept and not so_far:
-        path.write_bytes(b"".join(line + b"\n" for line in kept))
     # The order mixes the kinds, so that a run that was cut off is a fair sample.
     order = random.Random(0).sample(range(len(questions)), len(questions))
     # The time a question takes grows with its text, and doubles where every policy answers it.
-    weight = [(len(q["text"]) + 500) * (2 if q["answer"] else 1) for q in questions]
-    missing = [i for i in order if ids[i] not in done and not so_far]
+    weight = {i: (len(q["text"]) + 500) * (2 if q["answer"] else 1) for i, q in zip(ids, questions, strict=True)}
     start, asked = time.monotonic(), 0
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(ask, speed, questions[i], specs): i for i in missing}
-        try:
-            for count, future in enumerate(as_completed(running), start=1):
-                i = running[future]
-                done[ids[i]] = dict(id=ids[i], **future.result())
-                with open(path, "a") as f:
-                    f.write(json.dumps(done[ids[i]]) + "\n")
-                asked += weight[i]
-                took = time.monotonic() - start
-                rest = took / asked * (sum(weight[j] for j in missing) - asked) / 60
-                if count == 3:
-                    print(
-                        f"quality.py: {len(missing)} questions, {len(specs)} policies: about {took / 60 + rest:.0f} "
-                        f"minutes, judged by the first three; you can stop it, and it will continue from {path}",
-                        file=sys.stderr,
-                    )
-                if sys.stderr.isatty() and count >= 3:
-                    text = f"\r{count} of {len(missing)} questions, about {rest:.0f} minutes left  "
-                    print(text, end="", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if sys.stderr.isatty() and missing:
-        print("\r\033[K", end="", file=sys.stderr)
+
+    def report(key, count, missing):
+        nonlocal asked
+        asked += weight[key]
+        took = time.monotonic() - start
+        rest = took / asked * (sum(weight[i] for i in missing) - asked) / 60
+        if count == 3:
+            print(
+                f"quality.py: {len(missing)} questions, {len(specs)} policies: about {took / 60 + rest:.0f} "
+                f"minutes, judged by the first three; you can stop it, and it will continue from {path}",
+                file=sys.stderr,
+            )
+        if sys.stderr.isatty() and count >= 3:
+            text = f"\r{count} of {len(missing)} questions, about {rest:.0f} minutes left  "
+            print(text, end="", file=sys.stderr, flush=True)
+
+    tasks = {ids[i]: questions[i] for i in order}
+    done = common.resume(path, "id", tasks, lambda q: ask(speed, q, specs), jobs, so_far, report)
     return [done[i] for i in ids if i in done]
 
 
